@@ -1,0 +1,563 @@
+# Copyright 2026 The jax_topk Authors
+# SPDX-License-Identifier: Apache-2.0
+"""DeepSeek sparse attention (DSA) as a reference implementation in JAX.
+
+A small indexer scores every cached position for the current token, the k best positions are
+selected exactly by `jax_topk.top_k_indices`, and multi-head latent attention (MLA) reads only
+those. For a row x at position t:
+
+    qr    = RMSNorm(x Wqa)
+    qI_h  = H rope(qr WqI)_h,  kI = H rope(LayerNorm(x WkI))    index query (per head) and key
+    w_h   = (x Ww)_h heads^-1/2 dim^-1/2                        signed weight of an index head
+    I_s   = sum_h w_h relu(qI_h . kI_s)                         index score, float32
+    S     = the k largest of I over the row's window            jax_topk
+    c     = RMSNorm(x Wkva[:r]),  kp = rope(x Wkva[r:])         cached per position, with kI
+    a_hs  = softmax over s in S of (qn_h Wkb_h . c_s + qp_h . kp_s) scale
+    out   = concat_h((sum_s a_hs c_s) Wvb_h) Wo
+
+H is the orthonormal Hadamard transform: it changes no score, and spreads outliers over all
+channels so that a key can be stored in fp8. "Absorbed" means that Wkb and Wvb are applied to the
+query and to the result, so that all heads share one cached latent per position and the selected
+latents are gathered once.
+
+Everything is written for *rows*: a row is one query token that selects from the window
+`[start, start + length)` of one buffer of cached positions. Decoding is `m` rows per sequence,
+vectorised over sequences; prefill is one row per token of a packed buffer. Attention sees the
+selected set in ascending order whichever implementation of top-k found it, so equal sets give
+equal outputs, bit for bit.
+
+With `compression` c > 1 (DeepSeek-V4) the candidates are not single positions: every c neighbours
+are pooled into one entry by learned gates before norm and rotation, the indexer selects among the
+complete groups, and a sliding window of the last positions is always attended to besides. Of V4
+this takes the candidate side only; pooling without overlap and attention by MLA stay as above.
+
+Source: DeepSeek-V3.2-Exp, `inference/model.py`, and its technical report, section 2.1.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+
+from examples.sparse_attention.config import Config
+from examples.sparse_attention.pieces import (
+    hadamard,
+    layer_norm,
+    map_blocks,
+    normal_arrays,
+    quantize_fp8,
+    rms_norm,
+    rope,
+    rope_frequencies,
+)
+from examples.sparse_attention.selection import Selector, dense_indices
+
+Params = dict[str, Any]
+
+
+class Cache(NamedTuple):
+    """What one layer remembers of one buffer of `n` candidates.
+
+    Attributes:
+        latents: `[n, latent_dim]`, the latent `c` and the rotated key `kp`.
+        index_keys: `[n, index_dim]`, the indexer's keys, in the model's dtype or in fp8.
+        index_scales: `[n]` float32, the scale of each index key (1 without fp8).
+        recent: `[ring, 2 (latent_dim + index_dim)]` with compression, else `[0, ...]`: projections
+            and gates of the last positions, position p at row p modulo the ring.
+    """
+
+    latents: Array
+    index_keys: Array
+    index_scales: Array
+    recent: Array
+
+
+# ------------------------------------------------------------------------------------ parameters
+
+
+def init_layer(key: Array, config: Config) -> Params:
+    """Random weights of one layer, scaled so that activations keep unit size."""
+    c = config
+    shapes = {
+        "wqa": (c.dim, c.q_lora_rank),
+        "wqb": (c.q_lora_rank, c.num_heads, c.nope_dim + c.rope_dim),
+        "wkva": (c.dim, c.latent_dim),
+        "wkb": (c.num_heads, c.nope_dim, c.kv_lora_rank),
+        "wvb": (c.num_heads, c.kv_lora_rank, c.value_dim),
+        "wo": (c.num_heads * c.value_dim, c.dim),
+        "index_wq": (c.q_lora_rank, c.index_heads, c.index_dim),
+        "index_wk": (c.dim, c.index_dim),
+        "index_ww": (c.dim, c.index_heads),
+        "ffn_gate": (c.dim, c.ffn_dim),
+        "ffn_up": (c.dim, c.ffn_dim),
+        "ffn_down": (c.ffn_dim, c.dim),
+    }
+    if c.compression > 1:
+        shapes["gates"] = (c.dim, c.latent_dim + c.index_dim)
+    contracted = {"wkb": 1, "wvb": 1}  # the axis that is summed over; the others contract axis 0
+    params = {}
+    for name, numbers in normal_arrays(key, shapes).items():
+        scale = numbers.shape[contracted.get(name, 0)] ** -0.5
+        # The indexer's head weights stay float32: DeepSeek computes them in full precision.
+        params[name] = (scale * numbers).astype(jnp.float32 if name == "index_ww" else c.dtype)
+    for name, width in {
+        "attention_norm": c.dim,
+        "ffn_norm": c.dim,
+        "q_norm": c.q_lora_rank,
+        "kv_norm": c.kv_lora_rank,
+        "index_k_norm": c.index_dim,
+    }.items():
+        params[name] = jnp.ones(width, c.dtype)
+    params["index_k_bias"] = jnp.zeros(c.index_dim, c.dtype)
+    if c.compression > 1:
+        params["gate_bias"] = jnp.zeros((c.compression, c.latent_dim + c.index_dim), c.dtype)
+    return params
+
+
+def init_model(key: Array, config: Config) -> Params:
+    """Random weights of a whole model: embedding, layers, final norm, unembedding."""
+    tables_key, *layer_keys = jax.random.split(key, 1 + config.num_layers)
+    table = (config.vocab_size, config.dim)
+    tables = normal_arrays(tables_key, {"embed": table, "unembed": table})
+    return {
+        "embed": tables["embed"].astype(config.dtype),
+        "layers": [init_layer(layer_key, config) for layer_key in layer_keys],
+        "norm": jnp.ones(config.dim, config.dtype),
+        "unembed": (config.dim**-0.5 * tables["unembed"]).astype(config.dtype),
+    }
+
+
+def init_cache(config: Config, width: int, ring: int | None = None) -> Cache:
+    """An empty cache of `width` positions for one layer and one buffer.
+
+    It is filled with NaN where a production engine has uninitialised memory: nothing outside a
+    row's window may reach its result.
+
+    Args:
+        config: sizes.
+        width: positions; `width // compression` candidates.
+        ring: positions kept uncompressed; `config.ring` if not given.
+    """
+    num_candidates = width // config.compression
+    ring = config.ring if ring is None else ring
+    key_dtype = jnp.float8_e4m3fn if config.index_fp8 else config.dtype
+    return Cache(
+        latents=jnp.full((num_candidates, config.latent_dim), jnp.nan, config.dtype),
+        index_keys=jnp.full((num_candidates, config.index_dim), jnp.nan, key_dtype),
+        index_scales=jnp.full(num_candidates, jnp.nan, jnp.float32),
+        recent=jnp.full((ring, 2 * (config.latent_dim + config.index_dim)), jnp.nan, config.dtype),
+    )
+
+
+def init_caches(config: Config, width: int, batch: int) -> list[Cache]:
+    """Empty caches of `width` positions for every layer, with a leading axis of `batch`."""
+    cache = init_cache(config, width)
+    batched = jax.tree.map(lambda leaf: jnp.broadcast_to(leaf, (batch, *leaf.shape)), cache)
+    return [batched] * config.num_layers
+
+
+# --------------------------------------------------------------------------------------- indexer
+
+
+def index_projection(config: Config, x: Array, positions: Array) -> tuple[Array, Array]:
+    """Rotates, mixes and quantises index queries or keys `[R, ..., index_dim]`.
+
+    Returns:
+        Vectors `[R, ..., index_dim]` in fp8 or the model's dtype, and float32 scales `[R, ...]`.
+    """
+    rotated = rope(
+        x[..., : config.rope_dim],  # the indexer puts the rotated channels first, attention last
+        positions,
+        rope_frequencies(config),
+        interleaved=config.index_rope_interleaved,
+    )
+    mixed = hadamard(jnp.concatenate([rotated, x[..., config.rope_dim :]], axis=-1))
+    if config.index_fp8:
+        return quantize_fp8(mixed)
+    return mixed, jnp.ones(mixed.shape[:-1], jnp.float32)
+
+
+def index_queries(
+    params: Params, config: Config, x: Array, qr: Array, positions: Array
+) -> tuple[Array, Array]:
+    """Index queries `[R, heads, index_dim]` and signed head weights `[R, heads]` (float32)."""
+    queries = jnp.einsum("rq,qhd->rhd", qr, params["index_wq"])
+    queries, scales = index_projection(config, queries, positions)
+    weights = x.astype(jnp.float32) @ params["index_ww"]
+    return queries, weights * scales * (config.index_heads * config.index_dim) ** -0.5
+
+
+def index_scores(queries: Array, weights: Array, keys: Array, scales: Array, block: int) -> Array:
+    """Index scores of every row against every candidate, summed over heads.
+
+    `I[r, s] = scale_s sum_h weights[r, h] relu(queries[r, h] . keys[s])`
+
+    A key whose products are all negative scores exactly 0, so ties are common; and since weights
+    are signed, so are scores.
+
+    Args:
+        queries: `[R, heads, d]`.
+        weights: `[R, heads]` float32.
+        keys: `[n, d]`.
+        scales: `[n]` float32.
+        block: candidates scored at a time. The `[R, heads, block]` products of one block are
+            reduced over heads before the next is computed; `[R, heads, n]` never exists, which
+            with 64 heads would be 64 times the scores, and more traffic than the keys.
+
+    Returns:
+        `[R, n]` float32.
+    """
+    if keys.dtype == jnp.float8_e4m3fn:  # exact in bfloat16, which every platform multiplies
+        queries, keys = queries.astype(jnp.bfloat16), keys.astype(jnp.bfloat16)
+
+    def score(keys: Array) -> Array:
+        products = jnp.einsum("rhd,sd->rhs", queries, keys, preferred_element_type=jnp.float32)
+        return jnp.sum(jax.nn.relu(products) * weights[..., None], axis=1)
+
+    scores = [score(keys[i : i + block]) for i in range(0, keys.shape[0], block)]
+    return jnp.concatenate(scores, axis=1) * scales
+
+
+# ------------------------------------------------------------------------------------- attention
+
+
+def attention_queries(params: Params, config: Config, qr: Array, positions: Array) -> Array:
+    """Absorbed queries `[R, heads, kv_lora_rank + rope_dim]`, to be multiplied with latents."""
+    q = jnp.einsum("rq,qhd->rhd", qr, params["wqb"])
+    q_nope, q_rope = q[..., : config.nope_dim], q[..., config.nope_dim :]
+    q_rope = rope(q_rope, positions, rope_frequencies(config), interleaved=True)
+    return jnp.concatenate([jnp.einsum("rhd,hdc->rhc", q_nope, params["wkb"]), q_rope], axis=-1)
+
+
+def attend(
+    params: Params, config: Config, queries: Array, latents: Array, is_selected: Array
+) -> Array:
+    """Attention of each row over its own selected latents.
+
+    Args:
+        params: of the layer.
+        config: sizes.
+        queries: `[R, heads, kv_lora_rank + rope_dim]`.
+        latents: `[R, k, kv_lora_rank + rope_dim]`.
+        is_selected: `[R, k]`, false for padding. A row without any yields zeros.
+
+    Returns:
+        `[R, dim]`.
+    """
+    latents = jnp.where(is_selected[..., None], latents, 0)  # padding may hold NaN
+    logits = jnp.einsum("rhc,rkc->rhk", queries, latents, preferred_element_type=jnp.float32)
+    logits = jnp.where(is_selected[:, None], logits * config.softmax_scale, -1e30)
+    weights = jax.nn.softmax(logits, axis=-1) * is_selected[:, None]
+    content = latents[..., : config.kv_lora_rank]
+    mixed = jnp.einsum("rhk,rkc->rhc", weights.astype(latents.dtype), content)
+    heads = jnp.einsum("rhc,hcv->rhv", mixed, params["wvb"])
+    return heads.reshape(heads.shape[0], -1) @ params["wo"]
+
+
+def finish_latent(params: Params, config: Config, latent: Array, positions: Array) -> Array:
+    """Norm and rotation of projected latents `[R, latent_dim]`: what attention reads."""
+    content = rms_norm(latent[:, : config.kv_lora_rank], params["kv_norm"], config.norm_eps)
+    position_key = rope(
+        latent[:, config.kv_lora_rank :], positions, rope_frequencies(config), interleaved=True
+    )
+    return jnp.concatenate([content, position_key], axis=-1)
+
+
+def finish_index_key(
+    params: Params, config: Config, key: Array, positions: Array
+) -> tuple[Array, Array]:
+    """Norm, rotation and quantisation of projected index keys `[R, index_dim]`."""
+    key = layer_norm(key, params["index_k_norm"], params["index_k_bias"])
+    return index_projection(config, key, positions)
+
+
+def store(buffer: Array, slots: Array, rows: Array) -> Array:
+    """Writes `rows` `[R, ...]` at `slots` `[R]` of `buffer`; a slot outside of it is dropped."""
+    slots = jnp.where(slots < 0, buffer.shape[0], slots)  # jnp would count -1 from the end
+    return buffer.at[slots].set(rows.astype(buffer.dtype), mode="drop")
+
+
+def compress(params: Params, config: Config, recent: Array) -> Array:
+    """Pools groups of neighbours `[G, c, 2 d]` (projections and gates) into `[G, d]`."""
+    projections, gates = jnp.split(recent.astype(jnp.float32), 2, axis=-1)
+    weights = jax.nn.softmax(gates + params["gate_bias"].astype(jnp.float32), axis=1)
+    return jnp.sum(weights * projections, axis=1).astype(recent.dtype)
+
+
+def write_cache(
+    params: Params,
+    config: Config,
+    cache: Cache,
+    x: Array,
+    positions: Array,
+    slots: Array | None,
+) -> Cache:
+    """Stores what rows leave behind for later ones.
+
+    Args:
+        params: of the layer.
+        config: sizes.
+        cache: of the buffer.
+        x: `[R, dim]`, normalised input of the rows.
+        positions: `[R]`, place of each row in its sequence.
+        slots: `[R]`, place of each row in the buffer, one after the other; a negative one belongs
+            to a row that does not exist. With compression a sequence starts at a multiple of it.
+            None if the buffer holds one sequence, so that slots are positions.
+    """
+    slots = positions if slots is None else slots
+    projection = jnp.concatenate([x @ params["wkva"], x @ params["index_wk"]], axis=-1)
+    recent = cache.recent
+    if config.compression > 1:
+        c, ring = config.compression, recent.shape[0]
+        rows = jnp.concatenate([projection, x @ params["gates"]], axis=-1)
+        recent = store(recent, jnp.where(slots < 0, -1, slots % ring), rows)
+        # Pool every group that the rows belong to. The last may be incomplete, and then holds
+        # garbage until it is: it lies beyond the length of every row that exists.
+        num_groups = (slots.shape[0] + c - 2) // c + 1
+        groups = slots[0] // c + jnp.arange(num_groups, dtype=slots.dtype)
+        members = groups[:, None] * c + jnp.arange(c, dtype=slots.dtype)
+        projection = compress(params, config, recent[members % ring])
+        # A group takes the position of its first member.
+        start_of_row = slots - positions
+        row = jnp.clip(members[:, 0] - slots[0], 0, slots.shape[0] - 1)
+        positions, slots = members[:, 0] - start_of_row[row], groups
+    latent, index_key = projection[:, : config.latent_dim], projection[:, config.latent_dim :]
+    index_key, index_scale = finish_index_key(params, config, index_key, positions)
+    return Cache(
+        latents=store(cache.latents, slots, finish_latent(params, config, latent, positions)),
+        index_keys=store(cache.index_keys, slots, index_key),
+        index_scales=store(cache.index_scales, slots, index_scale),
+        recent=recent,
+    )
+
+
+def gather_window(
+    params: Params, config: Config, cache: Cache, positions: Array, slots: Array
+) -> tuple[Array, Array]:
+    """Latents of the last `window` positions of each row, from the uncompressed ring.
+
+    Returns:
+        `[R, window, latent_dim]`, and `[R, window]`, whether there is such a position.
+    """
+    ring = cache.recent.shape[0]
+    back = jnp.arange(config.window, dtype=slots.dtype)
+    rows = (slots[:, None] - back) % ring
+    exists = back <= positions[:, None]
+    # Finishing a latent costs less than reading another cache of finished ones.
+    raw = cache.recent[rows, : config.latent_dim].reshape(-1, config.latent_dim)
+    latents = finish_latent(params, config, raw, (positions[:, None] - back).reshape(-1))
+    return latents.reshape(*rows.shape, config.latent_dim), exists
+
+
+def sparse_attention(
+    params: Params,
+    config: Config,
+    cache: Cache,
+    x: Array,
+    positions: Array,
+    slots: Array | None,
+    select: Selector | None,
+) -> tuple[Array, Array]:
+    """One DSA block: score the candidates of every row, select k of them, attend to those.
+
+    A row at `position` sees the positions 0 .. position of its own sequence, which is the window
+    `[slot - position, slot + 1)` of the buffer; a negative position sees nothing.
+
+    Args:
+        params: of the layer.
+        config: sizes.
+        cache: of `n` candidates, the rows' own among them.
+        x: `[R, dim]`, normalised input of the rows.
+        positions: `[R]`, place of each row in its sequence.
+        slots: `[R]`, place of each row in the buffer, or None if it holds one sequence.
+        select: which candidates to read; None reads all that the row sees (dense attention).
+
+    Returns:
+        Output `[R, dim]` and the selected indices `[R, k]`, relative to the row's window.
+    """
+    qr = rms_norm(x @ params["wqa"], params["q_norm"], config.norm_eps)
+    queries = attention_queries(params, config, qr, positions)
+    starts = None if slots is None else jnp.maximum(slots - positions, 0) // config.compression
+    lengths = jnp.maximum(positions + 1, 0) // config.compression
+    if select is None:
+        indices = dense_indices(lengths, cache.latents.shape[0])
+    else:
+        index_q, weights = index_queries(params, config, x, qr, positions)
+        scores = index_scores(
+            index_q, weights, cache.index_keys, cache.index_scales, config.index_block
+        )
+        # The barriers keep XLA from fusing the indexer into one implementation of top-k but not
+        # into another, which could round the scores differently.
+        scores = lax.optimization_barrier(scores)
+        indices = select(scores, starts, lengths, min(config.top_k, scores.shape[1]))
+        indices = lax.optimization_barrier(indices)
+    is_selected = indices >= 0
+    chosen = indices if starts is None else starts[:, None] + indices
+    latents = cache.latents[jnp.where(is_selected, chosen, 0)]
+    if config.window:
+        own_slots = positions if slots is None else slots
+        window, exists = gather_window(params, config, cache, positions, own_slots)
+        latents = jnp.concatenate([latents, window], axis=1)
+        is_selected = jnp.concatenate([is_selected, exists], axis=1)
+    return attend(params, config, queries, latents, is_selected), indices
+
+
+# ----------------------------------------------------------------------------------------- model
+
+
+def swiglu(params: Params, x: Array) -> Array:
+    """The feed-forward block, `[R, dim]` to `[R, dim]`."""
+    return (jax.nn.silu(x @ params["ffn_gate"]) * (x @ params["ffn_up"])) @ params["ffn_down"]
+
+
+def run_rows(
+    params: Params,
+    config: Config,
+    caches: list[Cache],
+    tokens: Array,
+    positions: Array,
+    slots: Array | None,
+    select: Selector | None,
+    block: int | None = None,
+) -> tuple[Array, list[Cache], Array]:
+    """Runs rows of one buffer through all layers.
+
+    Args:
+        params: of the model.
+        config: sizes.
+        caches: one per layer.
+        tokens: `[R]`.
+        positions: `[R]`, place of each row in its sequence.
+        slots: `[R]`, place of each row in the buffer, or None if it holds one sequence.
+        select: which candidates to read.
+        block: rows that attend at a time, a divisor of R; all by default. It bounds the memory
+            that scores and gathered latents take.
+
+    Returns:
+        Logits `[R, vocab]` in float32, the new caches, and indices `[layers, R, k]`.
+    """
+    x = params["embed"][tokens]
+    new_caches, selected = [], []
+    for layer, cache in zip(params["layers"], caches, strict=True):
+        h = rms_norm(x, layer["attention_norm"], config.norm_eps)
+        cache = write_cache(layer, config, cache, h, positions, slots)
+
+        def attend_rows(args: tuple[Array, Array, Array | None]) -> tuple[Array, Array]:
+            return sparse_attention(layer, config, cache, *args, select)  # noqa: B023
+
+        attended, indices = map_blocks(attend_rows, (h, positions, slots), block)
+        x = x + attended
+        x = x + swiglu(layer, rms_norm(x, layer["ffn_norm"], config.norm_eps))
+        new_caches.append(cache)
+        selected.append(indices)
+    x = rms_norm(x, params["norm"], config.norm_eps)
+    logits = jnp.einsum("rd,vd->rv", x, params["unembed"], preferred_element_type=jnp.float32)
+    return logits, new_caches, jnp.stack(selected)
+
+
+def decode_step(
+    params: Params,
+    config: Config,
+    caches: list[Cache],
+    tokens: Array,
+    lengths: Array,
+    select: Selector | None,
+) -> tuple[Array, list[Cache], Array]:
+    """Appends the last `m` tokens of every sequence and predicts the next of each.
+
+    Row i of a sequence of n tokens sees `max(n - m + i + 1, 0)` positions. With m = 1 this is
+    plain decoding; with more it is the check of m - 1 speculated tokens. A sequence with fewer
+    than m tokens has rows that do not exist: they store nothing, select nothing and their logits
+    mean nothing. Rejected tokens need no undoing: the next step passes a shorter length and
+    overwrites them.
+
+    Args:
+        params: of the model.
+        config: sizes.
+        caches: one per layer, each with a leading axis B.
+        tokens: `[B, m]`.
+        lengths: `[B]`, length of each sequence with its m new tokens; at most the cache's width.
+        select: which candidates to read.
+
+    Returns:
+        Logits `[B, m, vocab]`, the new caches, and indices `[layers, B, m, k]`.
+    """
+    num_tokens = tokens.shape[1]
+    if config.compression > 1 and num_tokens > config.max_tokens_per_step:
+        raise ValueError(
+            f"tokens has {num_tokens} per step, more than max_tokens_per_step="
+            f"{config.max_tokens_per_step} that the ring was sized for; raise it in the config"
+        )
+    positions = lengths[:, None] - num_tokens + jnp.arange(num_tokens, dtype=lengths.dtype)
+
+    def sequence(caches: list[Cache], tokens: Array, positions: Array) -> Any:
+        return run_rows(params, config, caches, tokens, positions, None, select)
+
+    return jax.vmap(sequence, out_axes=(0, 0, 1))(caches, tokens, positions)
+
+
+def prefill(
+    params: Params,
+    config: Config,
+    tokens: Array,
+    positions: Array,
+    select: Selector | None,
+    block: int | None = None,
+) -> tuple[Array, list[Cache], Array]:
+    """Runs whole sequences, packed one after the other into one buffer.
+
+    Every token is a row; it selects from the window of the buffer that holds its own sequence up
+    to itself. Nothing separates the sequences but the windows.
+
+    Args:
+        params: of the model.
+        config: sizes.
+        tokens: `[T]`.
+        positions: `[T]`, place of each token in its sequence, counting up from 0 at the start of
+            every sequence; negative for padding. With compression, sequences start at multiples
+            of it and T is one.
+        select: which candidates to read.
+        block: rows that attend at a time, a divisor of T.
+
+    Returns:
+        Logits `[T, vocab]`, packed caches (see `unpack_cache`), and indices `[layers, T, k]`.
+    """
+    num_tokens = tokens.shape[0]
+    # The ring holds the whole buffer here, so that every row finds its sliding window.
+    ring = num_tokens if config.compression > 1 else 0
+    caches = [init_cache(config, num_tokens, ring) for _ in range(config.num_layers)]
+    slots = jnp.arange(num_tokens, dtype=positions.dtype)
+    return run_rows(params, config, caches, tokens, positions, slots, select, block)
+
+
+def unpack_cache(config: Config, cache: Cache, starts: Array, lengths: Array, width: int) -> Cache:
+    """Copies sequences of a packed buffer to caches of their own, ready for `decode_step`.
+
+    Args:
+        config: sizes.
+        cache: packed, of one layer.
+        starts: `[B]`, slot of each sequence's first token.
+        lengths: `[B]`.
+        width: positions of the new caches.
+
+    Returns:
+        A cache with a leading axis B. Candidates beyond a sequence's length hold garbage.
+    """
+    candidates = starts[:, None] // config.compression + jnp.arange(width // config.compression)
+    # Position p of a sequence lives at p modulo the ring; the newest of each residue survives.
+    last = lengths[:, None] - 1
+    ring = jnp.arange(config.ring)
+    recent = starts[:, None] + last - (last - ring) % max(config.ring, 1)
+
+    def take(buffer: Array, slots: Array) -> Array:
+        return buffer.at[slots].get(mode="clip")
+
+    return Cache(
+        latents=take(cache.latents, candidates),
+        index_keys=take(cache.index_keys, candidates),
+        index_scales=take(cache.index_scales, candidates),
+        recent=take(cache.recent, recent),
+    )

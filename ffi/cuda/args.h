@@ -1,0 +1,56 @@
+// The kernel's arguments: what the caller passed and what the plan fixed. Passed by value.
+
+#ifndef JAX_TOPK_CUDA_ARGS_H_
+#define JAX_TOPK_CUDA_ARGS_H_
+
+#include <cstdint>
+
+#include "../plan.h"
+#include "../problem.h"
+#include "../smem_layout.h"
+
+namespace jax_topk {
+
+struct TopKArgs {
+  const void* operand;     // [rows, width], row-major
+  int64_t operand_bytes;   // rows * width elements: loads stay inside
+  const int32_t* starts;   // [rows], any value: clamped on the device
+  const int32_t* lengths;  // [rows], any value: clamped on the device
+  void* values;            // [rows, k] or null
+  int32_t* indices;        // [rows, k]
+  int64_t width;
+  int32_t k;               // >= 1
+  bool is_smallest;
+  bool is_sorted;          // best first; otherwise ascending index
+  int32_t path;            // Path
+  int32_t cluster_size;
+  uint64_t cluster_reciprocal;  // 2^32 / cluster_size, rounded up
+  int32_t num_stages;
+  int32_t part_vectors;    // fewest vectors per CTA of a row that several share
+  int32_t list_capacity;
+  SmemLayout layout;
+};
+
+// The arguments of a planned launch, without its buffers.
+inline TopKArgs MakeArgs(const Problem& problem, const LaunchPlan& plan, bool is_smallest) {
+  TopKArgs args{};
+  args.operand_bytes = problem.rows * problem.width * ElementBytes(problem.dtype);
+  args.width = problem.width;
+  args.k = static_cast<int32_t>(problem.k);
+  args.is_smallest = is_smallest;
+  args.is_sorted = problem.is_sorted;
+  args.path = static_cast<int32_t>(plan.path);
+  args.cluster_size = plan.cluster_size;
+  args.cluster_reciprocal =
+      ((uint64_t{1} << 32) + static_cast<uint64_t>(plan.cluster_size) - 1) / plan.cluster_size;
+  args.num_stages = plan.num_stages;
+  args.part_vectors = static_cast<int32_t>(
+      AlignUp(plan.part_elements * ElementBytes(problem.dtype), kVectorBytes) / kVectorBytes);
+  args.list_capacity = plan.list_capacity;
+  args.layout = MakeSmemLayout(plan.num_stages, plan.list_capacity, problem.k);
+  return args;
+}
+
+}  // namespace jax_topk
+
+#endif  // JAX_TOPK_CUDA_ARGS_H_

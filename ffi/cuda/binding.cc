@@ -1,0 +1,231 @@
+// The Python module jax_topk._cuda: FFI handlers of the CUDA target, device facts, and timing.
+//
+// Imports without a GPU, a driver or a CUDA installation; a call that needs one raises.
+
+#include <cuda_runtime_api.h>
+#include <nanobind/nanobind.h>
+#include <nanobind/stl/string.h>
+#include <nanobind/stl/string_view.h>
+#include <nanobind/stl/vector.h>
+
+#include <sstream>
+#include <string>
+#include <string_view>
+#include <vector>
+
+#include "cuda/launch.h"
+#include "cuda/timing.h"
+#include "plan_binding.h"
+#include "smem_layout.h"
+#include "xla/ffi/api/ffi.h"
+
+namespace jax_topk {
+namespace {
+
+namespace nb = nanobind;
+namespace ffi = xla::ffi;
+
+using Dimensions = ffi::AnyBuffer::Dimensions;
+
+template <typename... Parts>
+ffi::Error Invalid(const Parts&... parts) {
+  std::ostringstream text;
+  text << "jax_topk: ";
+  (text << ... << parts);
+  return ffi::Error::InvalidArgument(text.str());
+}
+
+// Whether `dimensions` is `batch` followed by `num_more` dimensions.
+bool StartsWithBatch(Dimensions dimensions, Dimensions batch, size_t num_more) {
+  if (dimensions.size() != batch.size() + num_more) return false;
+  for (size_t i = 0; i < batch.size(); ++i) {
+    if (dimensions[i] != batch[i]) return false;
+  }
+  return true;
+}
+
+// Checks what XLA passed and launches. `values` is null for the indices-only target.
+ffi::Error Run(cudaStream_t stream, ffi::AnyBuffer operand, ffi::Buffer<ffi::S32> starts,
+               ffi::Buffer<ffi::S32> lengths, ffi::AnyBuffer* values,
+               ffi::Buffer<ffi::S32> indices, bool is_smallest, bool is_sorted,
+               std::string_view plan) {
+  Problem problem;
+  switch (operand.element_type()) {
+    case ffi::F32: problem.dtype = DType::kFloat32; break;
+    case ffi::BF16: problem.dtype = DType::kBFloat16; break;
+    case ffi::F16: problem.dtype = DType::kFloat16; break;
+    default:
+      return Invalid("operand has element type ", operand.element_type(),
+                     "; the CUDA target takes F32, BF16 and F16");
+  }
+  const Dimensions shape = operand.dimensions();
+  if (shape.size() == 0) {
+    return Invalid("operand is a scalar; pass an array of shape [*batch, width]");
+  }
+  const Dimensions batch(shape.begin(), shape.size() - 1);
+  if (!StartsWithBatch(starts.dimensions(), batch, 0) ||
+      !StartsWithBatch(lengths.dimensions(), batch, 0)) {
+    return Invalid("starts and lengths must have the shape of operand without its last axis");
+  }
+  if (!StartsWithBatch(indices.dimensions(), batch, 1)) {
+    return Invalid("indices must have the shape of operand with its last axis replaced by k");
+  }
+  if (values != nullptr && (values->element_type() != operand.element_type() ||
+                            values->dimensions() != indices.dimensions())) {
+    return Invalid("values must have the element type of operand and the shape of indices");
+  }
+  problem.rows = 1;
+  for (int64_t dimension : batch) problem.rows *= dimension;
+  problem.width = shape[shape.size() - 1];
+  problem.k = indices.dimensions()[batch.size()];
+  problem.is_sorted = is_sorted;
+  const TopKBuffers buffers{operand.untyped_data(), starts.typed_data(), lengths.typed_data(),
+                            values == nullptr ? nullptr : values->untyped_data(),
+                            indices.typed_data()};
+  const std::string error = LaunchTopK(problem, is_smallest, plan, buffers, stream);
+  return error.empty() ? ffi::Error::Success() : Invalid(error);
+}
+
+ffi::Error ValuesAndIndices(cudaStream_t stream, ffi::AnyBuffer operand,
+                            ffi::Buffer<ffi::S32> starts, ffi::Buffer<ffi::S32> lengths,
+                            ffi::Result<ffi::AnyBuffer> values,
+                            ffi::Result<ffi::Buffer<ffi::S32>> indices, bool smallest, bool sorted,
+                            std::string_view plan) {
+  return Run(stream, operand, starts, lengths, &*values, *indices, smallest, sorted, plan);
+}
+
+ffi::Error Indices(cudaStream_t stream, ffi::AnyBuffer operand, ffi::Buffer<ffi::S32> starts,
+                   ffi::Buffer<ffi::S32> lengths, ffi::Result<ffi::Buffer<ffi::S32>> indices,
+                   bool smallest, bool sorted, std::string_view plan) {
+  return Run(stream, operand, starts, lengths, nullptr, *indices, smallest, sorted, plan);
+}
+
+// The trait puts the call inside XLA's command buffers (CUDA graphs).
+XLA_FFI_DEFINE_HANDLER(kValuesAndIndices, ValuesAndIndices,
+                       ffi::Ffi::Bind()
+                           .Ctx<ffi::PlatformStream<cudaStream_t>>()
+                           .Arg<ffi::AnyBuffer>()              // operand [*batch, width]
+                           .Arg<ffi::Buffer<ffi::S32>>()       // starts [*batch]
+                           .Arg<ffi::Buffer<ffi::S32>>()       // lengths [*batch]
+                           .Ret<ffi::AnyBuffer>()              // values [*batch, k]
+                           .Ret<ffi::Buffer<ffi::S32>>()       // indices [*batch, k]
+                           .Attr<bool>("smallest")
+                           .Attr<bool>("sorted")
+                           .Attr<std::string_view>("plan"),
+                       {ffi::Traits::kCmdBufferCompatible});
+
+XLA_FFI_DEFINE_HANDLER(kIndices, Indices,
+                       ffi::Ffi::Bind()
+                           .Ctx<ffi::PlatformStream<cudaStream_t>>()
+                           .Arg<ffi::AnyBuffer>()              // operand [*batch, width]
+                           .Arg<ffi::Buffer<ffi::S32>>()       // starts [*batch]
+                           .Arg<ffi::Buffer<ffi::S32>>()       // lengths [*batch]
+                           .Ret<ffi::Buffer<ffi::S32>>()       // indices [*batch, k]
+                           .Attr<bool>("smallest")
+                           .Attr<bool>("sorted")
+                           .Attr<std::string_view>("plan"),
+                       {ffi::Traits::kCmdBufferCompatible});
+
+nb::capsule HandlerCapsule(XLA_FFI_Handler* handler) {
+  return nb::capsule(reinterpret_cast<void*>(handler));
+}
+
+template <typename Pointer>
+Pointer DevicePointer(uint64_t address) {
+  return reinterpret_cast<Pointer>(static_cast<uintptr_t>(address));
+}
+
+std::vector<double> GraphChain(const std::string& kind, uint64_t operand, uint64_t starts,
+                               uint64_t lengths, uint64_t values, uint64_t indices, int64_t rows,
+                               int64_t width, int64_t k, const std::string& dtype, bool smallest,
+                               bool sorted, const std::string& plan, int launches, int replays,
+                               int device) {
+  if (launches < 1 || replays < 1) {
+    throw nb::value_error("launches and replays must be at least 1");
+  }
+  const Problem problem{rows, width, k, ParseDTypeOrThrow(dtype), sorted};
+  const TopKBuffers buffers{DevicePointer<const void*>(operand),
+                            DevicePointer<const int32_t*>(starts),
+                            DevicePointer<const int32_t*>(lengths), DevicePointer<void*>(values),
+                            DevicePointer<int32_t*>(indices)};
+  Launch launch;
+  if (kind == "top_k") {
+    launch = [&](cudaStream_t stream) {
+      return LaunchTopK(problem, smallest, plan, buffers, stream);
+    };
+  } else if (kind == "empty") {
+    launch = [](cudaStream_t stream) { return LaunchEmpty(stream); };
+  } else if (kind == "read") {
+    launch = [&](cudaStream_t stream) { return LaunchRead(problem, buffers, stream); };
+  } else {
+    throw nb::value_error(("kind '" + kind + "' is not one of top_k, empty, read").c_str());
+  }
+  std::vector<double> microseconds;
+  std::string error;
+  {
+    nb::gil_scoped_release unlocked;
+    const cudaError_t status = cudaSetDevice(device);
+    error = status == cudaSuccess
+                ? TimeGraphChain(launch, launches, replays, &microseconds)
+                : "selecting device " + std::to_string(device) +
+                      " failed: " + cudaGetErrorString(status);
+  }
+  if (!error.empty()) throw std::runtime_error(error);
+  return microseconds;
+}
+
+nb::dict DeviceLimitsDict(int device) {
+  DeviceLimits limits;
+  const std::string error = GetDeviceLimits(device, &limits);
+  if (!error.empty()) throw std::runtime_error(error);
+  nb::dict result;
+  result["num_sms"] = limits.num_sms;
+  result["smem_per_block_bytes"] = limits.smem_per_block_bytes;
+  result["smem_per_sm_bytes"] = limits.smem_per_sm_bytes;
+  result["max_cluster_size"] = limits.max_cluster_size;
+  return result;
+}
+
+int DriverVersion() {
+  int version = 0;
+  return cudaDriverGetVersion(&version) == cudaSuccess ? version : 0;
+}
+
+nb::list Architectures() {
+  nb::list result;
+  std::istringstream names(JAX_TOPK_CUDA_ARCHITECTURES);
+  for (std::string name; std::getline(names, name, ',');) result.append(nb::str(name.c_str()));
+  return result;
+}
+
+}  // namespace
+
+NB_MODULE(_cuda, module) {
+  module.doc() = "The CUDA target of jax_topk.";
+  module.attr("VERSION") = JAX_TOPK_VERSION;
+  module.attr("FFI_API_VERSION") = nb::make_tuple(XLA_FFI_API_MAJOR, XLA_FFI_API_MINOR);
+  module.attr("MAX_K") = kMaxK;
+  module.attr("ARCHITECTURES") = Architectures();
+  module.def(
+      "registrations",
+      [] {
+        nb::dict result;
+        result["jax_topk_v1_values_indices"] = HandlerCapsule(kValuesAndIndices);
+        result["jax_topk_v1_indices"] = HandlerCapsule(kIndices);
+        return result;
+      },
+      "FFI handlers by target name, for jax.ffi.register_ffi_target on platform CUDA.");
+  module.def("device_limits", &DeviceLimitsDict, nb::arg("device") = 0,
+             "What the planner uses of a device. Raises RuntimeError without a driver or GPU.");
+  module.def("driver_version", &DriverVersion,
+             "The CUDA version of the driver, 13000 for 13.0; 0 where there is none.");
+  module.def("graph_chain", &GraphChain, nb::arg("kind"), nb::arg("operand"), nb::arg("starts"),
+             nb::arg("lengths"), nb::arg("values"), nb::arg("indices"), nb::arg("rows"),
+             nb::arg("width"), nb::arg("k"), nb::arg("dtype"), nb::arg("smallest"),
+             nb::arg("sorted"), nb::arg("plan"), nb::arg("launches"), nb::arg("replays"),
+             nb::arg("device"),
+             "Microseconds per launch for each replay of one CUDA graph of `launches` launches.\n\n"
+             "Buffers are device addresses; 0 stands for no values. kind: top_k, empty or read.");
+}
+
+}  // namespace jax_topk

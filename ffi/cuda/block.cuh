@@ -1,0 +1,206 @@
+// Block-wide tools: one CTA's view of itself, the scan, and the search in a histogram.
+
+#ifndef JAX_TOPK_CUDA_BLOCK_CUH_
+#define JAX_TOPK_CUDA_BLOCK_CUH_
+
+#include <cstdint>
+
+#include "ptx.cuh"
+
+#include "args.h"
+
+namespace jax_topk {
+
+// The keys lowest .. highest, both included.
+struct Bracket {
+  uint32_t lowest;
+  uint32_t highest;
+  __device__ __forceinline__ bool Contains(uint32_t key) const {
+    return key - lowest <= highest - lowest;
+  }
+  __device__ __forceinline__ bool IsSingleKey() const { return lowest == highest; }
+};
+
+// The histogram bin that holds an element of a given rank.
+struct RankBin {
+  uint32_t bin;     // counted from the top: 0 holds the largest keys
+  uint32_t above;   // elements in the bins before it
+  uint32_t inside;  // elements in it
+};
+
+// Winners decided (`certain`) and undecided (`open`) elements of one CTA's part.
+struct PartCounts {
+  uint32_t certain;
+  uint32_t open;
+};
+
+constexpr int kMaxFinalists = 32;
+
+// Scalars that the threads of a CTA share. Lies at offset 0 of shared memory.
+struct SharedHeader {
+  MBarrier counts_barrier;
+  MBarrier candidates_barrier;
+  MBarrier winners_barrier;
+  MBarrier segments_barrier;
+  MBarrier totals_barrier;
+  uint32_t lowest_key;
+  uint32_t highest_key;
+  uint32_t packed_counts;  // of a tile: certain, and open << 16
+  uint32_t num_own;
+  uint32_t num_finalists;
+  uint32_t greater_before;
+  uint32_t equal_before;
+  uint32_t pivot_key;
+  uint32_t num_ties;
+  uint4 found[2];  // as RankBin
+  uint32_t warp_totals[2][kWarps];
+  alignas(16) uint32_t finalists[kMaxFinalists];
+  uint32_t finalist_is_before[kMaxFinalists];
+  uint2 records[kMaxClusterSize];  // PartCounts of every CTA of the row
+};
+static_assert(sizeof(SharedHeader) <= kHeaderBytes, "the header outgrew its place");
+
+// One CTA at work on one row.
+struct Cta {
+  SharedHeader* header;
+  uint32_t* bins;            // [kBins], all zero between uses, and a spare bin behind them
+  unsigned char* tiles;      // area A
+  uint2* list;               // area B: (key, position) of kept elements, ascending position
+  unsigned char* sums;       // area B: histograms of the cluster
+  uint32_t* gathered;        // candidate keys of the whole row
+  unsigned char* own;        // own candidate keys, later the staged output or the pairs to sort
+  int thread, lane, warp;
+  int rank;                  // of this CTA among the CTAs of its row
+  int num_active;            // CTAs that share the row
+  uint32_t num_scans;        // alternates the scan's scratch, see BlockScan
+};
+
+__device__ __forceinline__ Cta MakeCta(const TopKArgs& args) {
+  unsigned char* shared = SharedMemory();
+  Cta cta{};
+  cta.header = reinterpret_cast<SharedHeader*>(shared);
+  cta.bins = reinterpret_cast<uint32_t*>(shared + args.layout.bins);
+  cta.tiles = shared + args.layout.a;
+  cta.list = reinterpret_cast<uint2*>(shared + args.layout.b);
+  cta.sums = shared + args.layout.b;
+  cta.thread = ThreadIndex();
+  cta.lane = cta.thread & 31;
+  cta.warp = cta.thread >> 5;
+  cta.rank = ClusterRank();
+  cta.num_active = 1;
+  return cta;
+}
+
+// Places the candidates where the row leaves room for them, see smem_layout.h.
+__device__ __forceinline__ void PlaceCandidates(Cta& cta, const TopKArgs& args, bool has_list) {
+  unsigned char* candidates = SharedMemory() + (has_list ? args.layout.a : args.layout.b);
+  cta.gathered = reinterpret_cast<uint32_t*>(candidates);
+  cta.own = candidates + args.layout.own;
+}
+
+struct Scan {
+  uint32_t before;  // sum over the threads before this one
+  uint32_t total;
+};
+
+// Exclusive sum over the block. Ends with every thread knowing the total; one barrier. The scratch
+// alternates between two rows: a row is written again only after the next scan's barrier, which
+// every reader of it has passed by then.
+__device__ __forceinline__ Scan BlockScan(Cta& cta, uint32_t value) {
+  uint32_t inclusive = value;
+#pragma unroll
+  for (int delta = 1; delta < 32; delta *= 2) {
+    const uint32_t other = WarpShiftUp(inclusive, delta);
+    if (cta.lane >= delta) inclusive += other;
+  }
+  uint32_t* totals = cta.header->warp_totals[cta.num_scans & 1];
+  cta.num_scans += 1;
+  if (cta.lane == 31) totals[cta.warp] = inclusive;
+  SyncThreads();  // warp totals before their reads
+  const uint32_t of_warp = cta.lane < kWarps ? totals[cta.lane] : 0;
+  Scan scan;
+  scan.before = inclusive - value + WarpSum(cta.lane < cta.warp ? of_warp : 0);
+  scan.total = WarpSum(of_warp);
+  return scan;
+}
+
+// Clears the histogram. The caller puts a barrier between this and the first count.
+__device__ __forceinline__ void ClearBins(const Cta& cta) {
+  reinterpret_cast<uint4*>(cta.bins)[cta.thread] = make_uint4(0, 0, 0, 0);
+}
+
+// How a histogram's bins are ordered in memory.
+enum class BinOrder {
+  kFromTop,       // bin 0 holds the largest keys (linear bins)
+  kRawLargest,    // coarse bins, by bits, when the largest values are wanted
+  kRawSmallest,   // the same when the smallest are
+};
+
+// Finds the bins that hold two ranks (1-based, from the top; clamped to 1 .. total). In: complete
+// counts, ordered by a barrier, not all zero. Out: the bins, known to all threads; the histogram is
+// zero again. Returns the total. Two barriers.
+__device__ __forceinline__ uint32_t FindRankBins(Cta& cta, BinOrder order, uint32_t first_rank,
+                                                 uint32_t second_rank, RankBin* first,
+                                                 RankBin* second) {
+  // Coarse bins from the top: positive steps downwards from the middle, then negative ones, which
+  // continue downwards from the end. For the smallest, the other way round.
+  constexpr int kMiddle = kBins / 8;  // vectors
+  const int place = order == BinOrder::kFromTop      ? cta.thread
+                    : order == BinOrder::kRawLargest ? kMiddle - 1 - cta.thread
+                                                     : kMiddle + cta.thread;
+  uint4* own_bins = reinterpret_cast<uint4*>(cta.bins) + (place & (kBins / 4 - 1));
+  uint4 counts = *own_bins;
+  *own_bins = make_uint4(0, 0, 0, 0);
+  if (order == BinOrder::kRawLargest) counts = make_uint4(counts.w, counts.z, counts.y, counts.x);
+  const uint32_t sums[4] = {counts.x, counts.x + counts.y, counts.x + counts.y + counts.z,
+                            counts.x + counts.y + counts.z + counts.w};
+  const Scan scan = BlockScan(cta, sums[3]);
+#pragma unroll
+  for (int i = 0; i < 2; ++i) {
+    if (i == 1 && second_rank == first_rank) break;
+    const uint32_t rank = max(min(i == 0 ? first_rank : second_rank, scan.total), 1u);
+    const uint32_t inner = rank - 1 - scan.before;
+    if (inner < sums[3]) {  // unsigned: this thread's bins hold the rank
+      const uint32_t slot = (inner >= sums[0]) + (inner >= sums[1]) + (inner >= sums[2]);
+      const uint32_t upto = slot == 0 ? sums[0] : slot == 1 ? sums[1] : slot == 2 ? sums[2] : sums[3];
+      const uint32_t before = slot == 0 ? 0 : slot == 1 ? sums[0] : slot == 2 ? sums[1] : sums[2];
+      cta.header->found[i] = make_uint4(4 * static_cast<uint32_t>(cta.thread) + slot,
+                                        scan.before + before, upto - before, 0);
+    }
+  }
+  SyncThreads();  // the found bins before their reads; the cleared bins before the next counts
+  const uint4 first_found = cta.header->found[0];
+  const uint4 second_found = cta.header->found[second_rank == first_rank ? 0 : 1];
+  *first = RankBin{first_found.x, first_found.y, first_found.z};
+  *second = RankBin{second_found.x, second_found.y, second_found.z};
+  return scan.total;
+}
+
+// Splits a bracket evenly: bin from the top = (highest - key) >> shift, below kBins.
+struct LinearBins {
+  uint32_t highest;
+  int shift;
+
+  __device__ explicit LinearBins(const Bracket& bracket) : highest(bracket.highest) {
+    const uint32_t range = bracket.highest - bracket.lowest;
+    const int bits = 32 - __clz(range);
+    shift = bits > kBinBits ? bits - kBinBits : 0;
+  }
+  __device__ __forceinline__ uint32_t FromTop(uint32_t key) const { return (highest - key) >> shift; }
+  // The keys of bins `first` .. `last` (from the top) within `outer`.
+  __device__ __forceinline__ Bracket Keys(uint32_t first, uint32_t last, const Bracket& outer) const {
+    Bracket keys;
+    keys.highest = highest - (first << shift);
+    const uint32_t depth = (last << shift) + ((1u << shift) - 1);
+    keys.lowest = depth <= highest - outer.lowest ? highest - depth : outer.lowest;
+    return keys;
+  }
+
+ private:
+  static constexpr int kBinBits = 11;
+  static_assert((1 << kBinBits) == kBins, "kBinBits follows kBins");
+};
+
+}  // namespace jax_topk
+
+#endif  // JAX_TOPK_CUDA_BLOCK_CUH_

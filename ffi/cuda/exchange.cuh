@@ -1,0 +1,138 @@
+// What the CTAs of a row tell each other. All of it travels as st.async into the receiver's shared
+// memory and is counted by an mbarrier there, so no cluster barrier and no fence is needed after
+// the launch: the exchange of counts takes 0.4 us where cluster.sync takes 0.7.
+//
+// Nobody writes into a CTA that may still read: a CTA announces its counts after its last read of
+// its tiles (which candidates overwrite), and sends a histogram only after reading what the peers
+// sent for the one before.
+
+#ifndef JAX_TOPK_CUDA_EXCHANGE_CUH_
+#define JAX_TOPK_CUDA_EXCHANGE_CUH_
+
+#include <cstdint>
+
+#include "ptx.cuh"
+
+#include "block.cuh"
+
+namespace jax_topk {
+
+__device__ __forceinline__ uint32_t PadToVector(uint32_t count) { return (count + 3) & ~3u; }
+
+// Counts of the whole row, and of the CTAs before this one.
+struct RowCounts {
+  uint32_t certain;
+  uint32_t open;
+  uint32_t certain_before;
+  uint32_t open_before;
+  uint32_t padded_open;         // with every CTA's share padded to whole vectors
+  uint32_t padded_open_before;
+};
+
+// Tells every CTA of the row what this one counted. `parity`: 0 for a row's first exchange, then
+// alternating. All earlier accesses to tiles and list must be ordered by a barrier before.
+__device__ __forceinline__ RowCounts ExchangeCounts(Cta& cta, const PartCounts& mine, uint32_t parity) {
+  if (cta.num_active == 1) return RowCounts{mine.certain, mine.open, 0, 0, mine.open, 0};
+  SharedHeader* header = cta.header;
+  if (cta.thread == 0) {
+    BarrierExpect(&header->counts_barrier, static_cast<uint32_t>(cta.num_active) * sizeof(uint2));
+  }
+  if (cta.thread < cta.num_active) {
+    SendAsync(RemoteAddress(&header->records[cta.rank], cta.thread),
+              make_uint2(mine.certain, mine.open),
+              RemoteAddress(&header->counts_barrier, cta.thread));
+  }
+  BarrierWait(&header->counts_barrier, parity);
+  const uint2 record = cta.lane < cta.num_active ? header->records[cta.lane] : make_uint2(0, 0);
+  const bool is_before = cta.lane < cta.rank;
+  RowCounts row;
+  row.certain = WarpSum(record.x);
+  row.open = WarpSum(record.y);
+  row.certain_before = WarpSum(is_before ? record.x : 0);
+  row.open_before = WarpSum(is_before ? record.y : 0);
+  row.padded_open = WarpSum(PadToVector(record.y));
+  row.padded_open_before = WarpSum(is_before ? PadToVector(record.y) : 0);
+  return row;
+}
+
+// Copies the open keys of the list to cta.own, in any order. In: the complete list, ordered by a
+// barrier; the header's counter is zero. Ends without a barrier.
+__device__ __forceinline__ void ExtractOpenKeys(Cta& cta, uint32_t num_listed, uint32_t highest_open) {
+  uint32_t* own = reinterpret_cast<uint32_t*>(cta.own);
+  for (uint32_t first = cta.warp * 32; first < num_listed; first += kThreads) {
+    const uint32_t entry = first + cta.lane;
+    const uint32_t key = entry < num_listed ? cta.list[entry].x : 0;
+    const bool is_open = entry < num_listed && key <= highest_open;
+    const uint32_t open_lanes = WarpBallot(is_open);
+    uint32_t place = 0;
+    if (cta.lane == 0) place = atomicAdd(&cta.header->num_own, __popc(open_lanes));
+    place = WarpBroadcast(place, 0) + __popc(open_lanes & ((1u << cta.lane) - 1));
+    if (is_open) own[place] = key;
+  }
+}
+
+// Gives every CTA of the row the open keys of all: cta.gathered then holds them by CTA, each CTA's
+// share in any order and padded with zeros. In: own open keys complete, ordered by a barrier.
+__device__ __forceinline__ void GatherCandidates(Cta& cta, const PartCounts& mine, const RowCounts& row) {
+  if (cta.thread == 0) {
+    BarrierExpect(&cta.header->candidates_barrier, row.padded_open * sizeof(uint32_t));
+  }
+  const uint4* own = reinterpret_cast<const uint4*>(cta.own);
+  // A warp per peer, starting with the CTA's own number, so that not all begin with CTA 0.
+#pragma unroll 1
+  for (int turn = cta.warp; turn < cta.num_active; turn += kWarps) {
+    const int peer = turn + cta.rank < cta.num_active ? turn + cta.rank
+                                                      : turn + cta.rank - cta.num_active;
+    const uint32_t to = RemoteAddress(cta.gathered + row.padded_open_before, peer);
+    const uint32_t barrier = RemoteAddress(&cta.header->candidates_barrier, peer);
+#pragma unroll 1
+    for (uint32_t first = 4 * cta.lane; first < mine.open; first += 4 * 32) {
+      uint4 keys = own[first / 4];
+      if (first + 1 >= mine.open) keys.y = 0;
+      if (first + 2 >= mine.open) keys.z = 0;
+      if (first + 3 >= mine.open) keys.w = 0;
+      SendAsync(to + first * sizeof(uint32_t), keys, barrier);
+    }
+  }
+  BarrierWait(&cta.header->candidates_barrier, 0);
+}
+
+// Replaces the histogram of every CTA by the sum over the row's CTAs: each sums one segment of the
+// bins and sends the sums to all. In: counts ordered by a barrier. Out:
+// each thread may read its own four bins without a barrier. Two exchanges.
+__device__ __forceinline__ void SumBins(Cta& cta, uint32_t parity) {
+  constexpr int kBinVectors = kBins / 4;
+  static_assert(kBinVectors == kThreads, "one vector of bins per thread");
+  const int each = (kBinVectors + cta.num_active - 1) / cta.num_active;
+  const int own_first = min(each * cta.rank, kBinVectors);
+  const int own_count = min(own_first + each, kBinVectors) - own_first;
+  uint4* received = reinterpret_cast<uint4*>(cta.sums);  // [num_active][each]
+  uint4* totals = received + kClusterSegmentVectors;      // [kBinVectors]
+  SharedHeader* header = cta.header;
+  if (cta.thread == 0) {
+    BarrierExpect(&header->segments_barrier, cta.num_active * own_count * kVectorBytes);
+    BarrierExpect(&header->totals_barrier, kBinVectors * kVectorBytes);
+  }
+  const int owner = cta.thread / each;
+  SendAsync(RemoteAddress(&received[cta.rank * each + cta.thread % each], owner),
+            reinterpret_cast<const uint4*>(cta.bins)[cta.thread],
+            RemoteAddress(&header->segments_barrier, owner));
+  BarrierWait(&header->segments_barrier, parity);
+  for (int i = cta.thread; i < own_count * cta.num_active; i += kThreads) {
+    const int bin = i % own_count;
+    const int peer = i / own_count;
+    uint4 sum = make_uint4(0, 0, 0, 0);
+    for (int source = 0; source < cta.num_active; ++source) {
+      const uint4 part = received[source * each + bin];
+      sum = make_uint4(sum.x + part.x, sum.y + part.y, sum.z + part.z, sum.w + part.w);
+    }
+    SendAsync(RemoteAddress(&totals[own_first + bin], peer), sum,
+              RemoteAddress(&header->totals_barrier, peer));
+  }
+  BarrierWait(&header->totals_barrier, parity);
+  reinterpret_cast<uint4*>(cta.bins)[cta.thread] = totals[cta.thread];
+}
+
+}  // namespace jax_topk
+
+#endif  // JAX_TOPK_CUDA_EXCHANGE_CUH_

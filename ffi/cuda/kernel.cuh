@@ -1,0 +1,305 @@
+// The kernel: one cluster of CTAs per row, one row per cluster.
+//
+// Per row, on the device, by its length:
+//   copy      length <= k: everything is selected
+//   short     one CTA holds the row in shared memory and histograms all of it
+//   medium    one or several CTAs guess a bracket of keys from a sample; each CTA's part fits a tile
+//   long      the same, but parts are streamed through a ring of tiles
+// Medium and long rows are counted against the bracket, the CTAs exchange exact counts, and the
+// guess is verified; where it failed, the exact path narrows the bracket by exact histograms. Then
+// the k-th key is found among the few elements inside the bracket, and each CTA writes the selected
+// elements of its part. CTAs that a row does not need return at once.
+//
+// The launch depends on static shapes alone. Nothing outlives the call: no global memory besides
+// the operands, so no memset, and a launch is safe in CUDA graphs and beside other launches.
+// One row per cluster, not a loop over rows: the hardware hands out clusters as CTAs finish, which
+// balances rows of mixed lengths, and no state can leak from one row into the next.
+
+#ifndef JAX_TOPK_CUDA_KERNEL_CUH_
+#define JAX_TOPK_CUDA_KERNEL_CUH_
+
+#include <cstdint>
+
+#include "ptx.cuh"
+
+#include "../plan.h"
+#include "args.h"
+#include "block.cuh"
+#include "estimate_bracket.cuh"
+#include "exchange.cuh"
+#include "filter_part.cuh"
+#include "find_pivot.cuh"
+#include "narrow_bracket.cuh"
+#include "ordered_key.cuh"
+#include "row_window.cuh"
+#include "write_row.cuh"
+
+namespace jax_topk {
+
+// Makes the CTA reachable for its peers. Called while the CTA waits for memory, so that it costs
+// nothing; CTAs that the row does not need have left and count as arrived.
+__device__ __forceinline__ void JoinCluster(const Cta& cta) {
+  SharedHeader* header = cta.header;
+  if (cta.thread == 0) {
+    BarrierInit(&header->counts_barrier);
+    BarrierInit(&header->candidates_barrier);
+    BarrierInit(&header->winners_barrier);
+    BarrierInit(&header->segments_barrier);
+    BarrierInit(&header->totals_barrier);
+    BarrierInitFence();
+  }
+  SyncWarp();
+  ClusterArrive();
+}
+
+// Prepares what is shared in the CTA. The caller puts a barrier between this and its use.
+__device__ __forceinline__ void InitCta(const Cta& cta) {
+  SharedHeader* header = cta.header;
+  if (cta.thread == 32) {  // not thread 0, which has the barriers to do
+    header->packed_counts = 0;
+    header->num_own = 0;
+    header->num_finalists = 0;
+    header->greater_before = 0;
+    header->equal_before = 0;
+  }
+  ClearBins(cta);
+}
+
+// Steps 4 and 5 of a row of more than k elements, once the counts have proved the bracket. In: own
+// open keys complete in cta.own, ordered by a barrier.
+template <typename T, typename Source>
+__device__ __forceinline__ void FinishRow(Cta& cta, const TopKArgs& args, const Source& source,
+                                 const Bracket& bracket, const PartCounts& mine,
+                                 const RowCounts& row, const RowOutput<T>& output) {
+  const uint32_t k = static_cast<uint32_t>(args.k);
+  const uint32_t rank = k - row.certain;
+  Selection selection{bracket.lowest, rank, row.certain_before, row.open_before, true, k};
+  if (!bracket.IsSingleKey()) {
+    Candidates candidates{reinterpret_cast<const uint32_t*>(cta.own), row.open, 0};
+    if (cta.num_active > 1) {
+      GatherCandidates(cta, mine, row);
+      candidates = Candidates{cta.gathered, row.padded_open, row.padded_open_before};
+    }
+    const Pivot pivot = FindPivot(cta, candidates, bracket, candidates.count, rank);
+    selection.pivot = pivot.key;
+    selection.num_ties = pivot.num_ties;
+    selection.greater_before += pivot.greater_before;
+    selection.equal_before = pivot.equal_before;
+    selection.is_only_key = false;
+    // The padding of the shares is zero, which is also the lowest key.
+    if (pivot.key == 0) selection.equal_before -= row.padded_open_before - row.open_before;
+  }
+  WriteRow<T>(cta, source, selection, args.is_sorted, output);
+}
+
+// Vectors per thread of a tile of `num_vectors`: odd, or 2, so that threads that read their own
+// vectors side by side do not all meet in the same banks.
+__device__ __forceinline__ int32_t VectorsPerThread(int32_t num_vectors) {
+  return num_vectors <= kThreads ? 1 : num_vectors <= 2 * kThreads ? 2
+                                   : num_vectors <= 3 * kThreads ? 3
+                                                                 : 5;
+}
+
+// A row that one tile holds, by one CTA: the bracket is exact.
+template <typename T>
+__device__ __forceinline__ void SelectShortRow(Cta& cta, const TopKArgs& args,
+                                               const RowWindow& window,
+                                               const RowOutput<T>& output) {
+  CopyTile<T>(cta, window, 0, window.num_vectors, cta.tiles);
+  CopyAsyncCommit();
+  PlaceCandidates(cta, args, /*has_list=*/false);
+  const Run run = MakeRun<T>(cta, window, 0, window.num_vectors,
+                             VectorsPerThread(window.num_vectors), cta.tiles);
+  TileSource<T> source{run, {0, run.valid}, output.flip};
+  CopyAsyncWait<0>();
+  SyncThreads();  // the tile and the cleared histogram before their use
+  const uint32_t k = static_cast<uint32_t>(args.k);
+  if (Unlikely(window.length <= args.k)) {
+    const uint32_t length = static_cast<uint32_t>(window.length);
+    WriteRow<T>(cta, source, Selection{0, length, 0, 0, true, length}, args.is_sorted, output);
+    PadRow(output, window.length);
+    return;
+  }
+  const uint32_t capacity = static_cast<uint32_t>(args.list_capacity);
+  const Estimate estimate =
+      EstimateBracket<T>(cta, ExactGoal(k, capacity), output.flip, [&](auto visit) {
+        VisitRun<T>(run, [&](const uint4& vector, int32_t first) {
+          visit(vector, run.valid >> first);
+        });
+      });
+  source.masks = MakeMasks<T>(run, estimate.bracket, output.flip);
+  CollectOpenKeys<T>(cta, run, source.masks,
+                     FilterGoal{estimate.bracket, k, capacity, output.flip});
+  SyncThreads();  // the open keys before their reads
+  const PartCounts counts{estimate.above, estimate.inside};
+  FinishRow<T>(cta, args, source, estimate.bracket, counts, ExchangeCounts(cta, counts, 0), output);
+}
+
+// The bracket of a long row, before any exact count.
+template <typename T>
+__device__ __forceinline__ Bracket GuessBracket(Cta& cta, const TopKArgs& args, const RowWindow& window,
+                                       const Part& part, uint32_t flip) {
+  const uint32_t k = static_cast<uint32_t>(args.k);
+  const uint32_t length = static_cast<uint32_t>(window.length);
+  const uint32_t open_limit = args.list_capacity - k;
+  if (Unlikely(args.path == static_cast<int>(Path::kExact))) {
+    if (cta.num_active > 1) ClusterWait();
+    return NarrowBracket<T>(cta, window, part, flip, k, open_limit,
+                            KnownBracket{{0, T::kMaxKey}, 0, length});
+  }
+  const int num_samples = SampleVectors<T>(window);
+  const BracketGoal goal = SampleGoal(k, length, num_samples * T::kPerVector, open_limit);
+  const Estimate estimate = EstimateBracket<T>(cta, goal, flip, [&](auto visit) {
+    VisitSample<T>(cta.thread, window, num_samples, visit);
+  });
+  if (cta.num_active > 1) ClusterWait();
+  return estimate.bracket;
+}
+
+// Whether exact counts prove that the bracket holds the k-th key and that what is open fits.
+__device__ __forceinline__ bool IsProved(const Bracket& bracket, const RowCounts& row, const TopKArgs& args) {
+  const uint32_t k = static_cast<uint32_t>(args.k);
+  return row.certain < k && k <= row.certain + row.open &&
+         (bracket.IsSingleKey() ||
+          row.certain + row.open <= static_cast<uint32_t>(args.list_capacity));
+}
+
+// Narrowed brackets are right: a further failure means that the operand changed meanwhile.
+__device__ __forceinline__ bool IsLastAttempt(const TopKArgs& args, uint32_t attempt) {
+  return attempt == 1 || args.path == static_cast<int>(Path::kExact);
+}
+
+// A row of which every CTA's part fits one tile: it is read once and stays in shared memory.
+template <typename T>
+__device__ __forceinline__ void SelectResidentRow(Cta& cta, const TopKArgs& args,
+                                                  const RowWindow& window, const Part& part,
+                                                  int32_t per_thread, const RowOutput<T>& output) {
+  CopyTile<T>(cta, window, part.first, part.last, cta.tiles);
+  CopyAsyncCommit();
+  if (cta.num_active > 1) JoinCluster(cta);
+  PlaceCandidates(cta, args, /*has_list=*/false);
+  TileSource<T> source{MakeRun<T>(cta, window, part.first, part.last, per_thread, cta.tiles),
+                       {0, 0}, output.flip};
+  SyncThreads();  // the cleared histogram before its use
+  Bracket bracket = GuessBracket<T>(cta, args, window, part, output.flip);
+  CopyAsyncWait<0>();
+  SyncThreads();  // the tile before its use
+  const uint32_t k = static_cast<uint32_t>(args.k);
+  const uint32_t capacity = static_cast<uint32_t>(args.list_capacity);
+  PartCounts counts;
+  RowCounts row;
+#pragma unroll 1
+  for (uint32_t attempt = 0;; ++attempt) {
+    source.masks = MakeMasks<T>(source.run, bracket, output.flip);
+    CollectOpenKeys<T>(cta, source.run, source.masks,
+                       FilterGoal{bracket, k, capacity, output.flip});
+    SyncThreads();  // counts and open keys before their reads
+    const uint32_t packed = cta.header->packed_counts;
+    counts = PartCounts{packed & 0xffffu, packed >> 16};
+    row = ExchangeCounts(cta, counts, attempt);
+    if (!Unlikely(!IsProved(bracket, row, args)) || IsLastAttempt(args, attempt)) break;
+    bracket = NarrowBracket<T>(cta, window, part, output.flip, k, capacity - k,
+                               LearnFromFailure<T>(bracket, row, k, window.length));
+    SyncThreads();  // the last reads of the counters before their reset
+    if (cta.thread == 0) {
+      cta.header->packed_counts = 0;
+      cta.header->num_own = 0;
+    }
+    SyncThreads();  // the reset before the next counts
+  }
+  FinishRow<T>(cta, args, source, bracket, counts, row, output);
+}
+
+// A row whose parts are streamed: elements at or above the bracket are kept in a list.
+template <typename T>
+__device__ __forceinline__ void SelectStreamedRow(Cta& cta, const TopKArgs& args,
+                                                  const RowWindow& window, const Part& part,
+                                                  const RowOutput<T>& output) {
+  StartStream<T>(cta, window, part, args.num_stages);
+  if (cta.num_active > 1) JoinCluster(cta);
+  PlaceCandidates(cta, args, /*has_list=*/true);
+  SyncThreads();  // the cleared histogram before its use
+  Bracket bracket = GuessBracket<T>(cta, args, window, part, output.flip);
+  const uint32_t k = static_cast<uint32_t>(args.k);
+  const uint32_t capacity = static_cast<uint32_t>(args.list_capacity);
+  ListState state;
+  RowCounts row;
+#pragma unroll 1
+  for (uint32_t attempt = 0;; ++attempt) {
+    state = FilterStream<T>(cta, window, part, args.num_stages,
+                            FilterGoal{bracket, k, capacity, output.flip});
+    row = ExchangeCounts(cta, state.counts, attempt);
+    if (!Unlikely(!IsProved(bracket, row, args)) || IsLastAttempt(args, attempt)) break;
+    StartStream<T>(cta, window, part, args.num_stages);
+    bracket = NarrowBracket<T>(cta, window, part, output.flip, k, capacity - k,
+                               LearnFromFailure<T>(bracket, row, k, window.length));
+  }
+  if (!bracket.IsSingleKey()) {
+    ExtractOpenKeys(cta, state.listed, bracket.highest);
+    SyncThreads();  // own open keys before their reads
+  }
+  FinishRow<T>(cta, args, ListSource(cta, state.listed), bracket, state.counts, row, output);
+}
+
+static_assert(kThreads * Float32::kMaxVectors * kVectorBytes <= TileRingBytes(2) &&
+                  BFloat16::kMaxVectors <= Float32::kMaxVectors &&
+                  Float16::kMaxVectors <= Float32::kMaxVectors,
+              "the largest tile fits area A");
+
+// Vectors of each CTA's part: the row in equal parts, but no part shorter than the plan wants.
+__device__ __forceinline__ int32_t VectorsPerCta(const TopKArgs& args, int32_t num_vectors) {
+  // Multiplied by the reciprocal rounded up: at least the quotient, and no division.
+  const uint32_t each = static_cast<uint32_t>(
+      (static_cast<uint64_t>(num_vectors + args.cluster_size - 1) * args.cluster_reciprocal) >> 32);
+  return max(static_cast<int32_t>(each), args.part_vectors);
+}
+
+template <typename T>
+__device__ __forceinline__ void SelectRow(const TopKArgs& args) {
+  const int64_t row =
+      static_cast<int64_t>((uint64_t{BlockIndex()} * args.cluster_reciprocal) >> 32);
+  const int32_t raw_start = args.starts[row];
+  const int32_t raw_length = args.lengths[row];
+  Cta cta = MakeCta(args);
+  // Clamped to the row: any int32 is legal.
+  const int32_t width = static_cast<int32_t>(args.width);
+  const int32_t start = min(max(raw_start, 0), width);
+  const int32_t length = min(max(raw_length, 0), width - start);
+  const RowOutput<T> output(args, row, T::SignFlip(args.is_smallest));
+  const bool is_copy = length <= args.k && !args.is_sorted;
+  if (is_copy) {
+    if (cta.rank != 0) return;
+    CopyIndices(length, output.indices, args.k);
+    if (output.values == nullptr) return;
+  }
+  const RowWindow window = MakeWindow<T>(args, row, start, length);
+  if (Unlikely(is_copy)) {
+    CopyValues(window, output);
+    return;
+  }
+  InitCta(cta);
+  constexpr int32_t kTileVectors = kThreads * T::kMaxVectors;
+  const bool wants_short = args.path == static_cast<int>(Path::kAuto) ||
+                           args.path == static_cast<int>(Path::kShort) || window.length <= args.k;
+  if (wants_short && window.num_vectors <= kTileVectors) {
+    if (cta.rank == 0) SelectShortRow<T>(cta, args, window, output);
+    return;
+  }
+  const int32_t each = VectorsPerCta(args, window.num_vectors);
+  // CTAs whose part is not empty.
+  cta.num_active = __popc(WarpBallot(cta.lane < args.cluster_size &&
+                                     int64_t{each} * cta.lane < window.num_vectors));
+  if (cta.rank >= cta.num_active) return;
+  Part part;
+  part.first = each * cta.rank;
+  part.last = min(part.first + each, window.num_vectors);
+  if (each <= kTileVectors) {
+    SelectResidentRow<T>(cta, args, window, part, VectorsPerThread(each), output);
+  } else {
+    SelectStreamedRow<T>(cta, args, window, part, output);
+  }
+}
+
+}  // namespace jax_topk
+
+#endif  // JAX_TOPK_CUDA_KERNEL_CUH_

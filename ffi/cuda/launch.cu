@@ -1,0 +1,133 @@
+#include "launch.h"
+
+#include <array>
+#include <mutex>
+
+#include "../plan.h"
+#include "kernel.cuh"
+
+namespace jax_topk {
+namespace {
+
+// Two CTAs per SM: while one waits for memory or a barrier the other works, and a cluster of 16 or 8
+// finds room where one CTA per SM would leave it waiting.
+template <typename T>
+__global__ void __launch_bounds__(kThreads, 2) TopKKernel(const __grid_constant__ TopKArgs args) {
+  SelectRow<T>(args);
+}
+
+using Kernel = void (*)(TopKArgs);
+constexpr std::array<Kernel, 3> kKernels = {TopKKernel<Float32>, TopKKernel<BFloat16>,
+                                            TopKKernel<Float16>};
+
+constexpr int kMaxDevices = 64;
+
+std::string Describe(const char* what, cudaError_t error) {
+  return std::string(what) + " failed: " + cudaGetErrorString(error);
+}
+
+cudaLaunchConfig_t MakeConfig(const LaunchPlan& plan, cudaStream_t stream,
+                              cudaLaunchAttribute* attribute) {
+  cudaLaunchConfig_t config{};
+  config.gridDim = dim3(static_cast<unsigned>(plan.num_ctas));
+  config.blockDim = dim3(kThreads);
+  config.dynamicSmemBytes = static_cast<size_t>(plan.smem_bytes);
+  config.stream = stream;
+  if (plan.cluster_size > 1) {
+    attribute->id = cudaLaunchAttributeClusterDimension;
+    attribute->val.clusterDim = {static_cast<unsigned>(plan.cluster_size), 1, 1};
+    config.attrs = attribute;
+    config.numAttrs = 1;
+  }
+  return config;
+}
+
+std::string QueryDevice(int device, DeviceLimits* limits) {
+  int major = 0, smem_per_block = 0, smem_per_sm = 0;
+  cudaError_t error = cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
+  if (error == cudaSuccess) {
+    error = cudaDeviceGetAttribute(&limits->num_sms, cudaDevAttrMultiProcessorCount, device);
+  }
+  if (error == cudaSuccess) {
+    error = cudaDeviceGetAttribute(&smem_per_block, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+  }
+  if (error == cudaSuccess) {
+    error = cudaDeviceGetAttribute(&smem_per_sm, cudaDevAttrMaxSharedMemoryPerMultiprocessor, device);
+  }
+  if (error != cudaSuccess) return Describe("reading the device attributes", error);
+  limits->smem_per_block_bytes = smem_per_block;
+  limits->smem_per_sm_bytes = smem_per_sm;
+  limits->max_cluster_size = 1;
+  for (Kernel kernel : kKernels) {
+    error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, smem_per_block);
+    if (error != cudaSuccess) return Describe("raising the kernel's shared memory limit", error);
+  }
+  if (major < 9) return "";
+  for (Kernel kernel : kKernels) {
+    error = cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
+    if (error != cudaSuccess) return Describe("allowing clusters of 16", error);
+  }
+  // The largest cluster that fits beside one full CTA's worth of shared memory; MIG slices and
+  // partly disabled processors have less than the architecture's 16.
+  LaunchPlan plan;
+  plan.num_ctas = kMaxClusterSize;
+  plan.smem_bytes = smem_per_block;
+  cudaLaunchAttribute attribute;
+  const cudaLaunchConfig_t config = MakeConfig(plan, nullptr, &attribute);
+  int cluster_size = 1;
+  error = cudaOccupancyMaxPotentialClusterSize(&cluster_size, kKernels[0], &config);
+  if (error != cudaSuccess) return Describe("asking for the largest cluster", error);
+  limits->max_cluster_size = cluster_size < 1 ? 1 : cluster_size;
+  return "";
+}
+
+}  // namespace
+
+std::string GetDeviceLimits(int device, DeviceLimits* limits) {
+  struct Entry {
+    std::once_flag once;
+    DeviceLimits limits;
+    std::string error;
+  };
+  static std::array<Entry, kMaxDevices> entries;
+  if (device < 0 || device >= kMaxDevices) {
+    return "device " + std::to_string(device) + " is not between 0 and " +
+           std::to_string(kMaxDevices - 1);
+  }
+  Entry& entry = entries[device];
+  std::call_once(entry.once, [&] { entry.error = QueryDevice(device, &entry.limits); });
+  *limits = entry.limits;
+  return entry.error;
+}
+
+std::string LaunchTopK(const Problem& problem, bool is_smallest, std::string_view overrides,
+                       const TopKBuffers& buffers, cudaStream_t stream) {
+  int device = 0;
+  cudaError_t error = cudaGetDevice(&device);
+  if (error != cudaSuccess) return Describe("asking for the current device", error);
+  DeviceLimits limits;
+  std::string problem_text = GetDeviceLimits(device, &limits);
+  if (!problem_text.empty()) return problem_text;
+  PlanOverrides parsed;
+  problem_text = ParsePlanOverrides(overrides, &parsed);
+  if (!problem_text.empty()) return problem_text;
+  LaunchPlan plan;
+  problem_text = PlanLaunch(problem, limits, parsed, &plan);
+  if (!problem_text.empty()) return problem_text;
+  if (problem.rows == 0 || problem.k == 0) return "";
+
+  TopKArgs args = MakeArgs(problem, plan, is_smallest);
+  args.operand = buffers.operand;
+  args.starts = buffers.starts;
+  args.lengths = buffers.lengths;
+  args.values = buffers.values;
+  args.indices = buffers.indices;
+
+  cudaLaunchAttribute attribute;
+  const cudaLaunchConfig_t config = MakeConfig(plan, stream, &attribute);
+  error = cudaLaunchKernelEx(&config, kKernels[static_cast<int>(problem.dtype)], args);
+  if (error != cudaSuccess) return Describe("launching the top-k kernel", error);
+  return "";
+}
+
+}  // namespace jax_topk

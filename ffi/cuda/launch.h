@@ -1,0 +1,35 @@
+// Launches the kernel on a stream. Needs the CUDA runtime, knows nothing of XLA or Python.
+
+#ifndef JAX_TOPK_CUDA_LAUNCH_H_
+#define JAX_TOPK_CUDA_LAUNCH_H_
+
+#include <cuda_runtime_api.h>
+
+#include <cstdint>
+#include <string>
+#include <string_view>
+
+#include "../problem.h"
+
+namespace jax_topk {
+
+// One call's buffers on the device; `values` may be null.
+struct TopKBuffers {
+  const void* operand;
+  const int32_t* starts;
+  const int32_t* lengths;
+  void* values;
+  int32_t* indices;
+};
+
+// The limits of a device, read once per process. Returns an empty string or a sentence.
+std::string GetDeviceLimits(int device, DeviceLimits* limits);
+
+// Plans and launches `problem` on the current device; no allocation, synchronisation or host read,
+// so it may be captured into a CUDA graph. Returns an empty string or a sentence.
+std::string LaunchTopK(const Problem& problem, bool is_smallest, std::string_view overrides,
+                       const TopKBuffers& buffers, cudaStream_t stream);
+
+}  // namespace jax_topk
+
+#endif  // JAX_TOPK_CUDA_LAUNCH_H_

@@ -1,0 +1,150 @@
+// Ordered keys: unsigned integers whose order is the contract's total order on bits.
+//
+// For a float with bits b, key = ~b if the sign is set, b with the sign set otherwise; then
+// -NaN < -inf < ... < -0 < +0 < ... < +inf < +NaN. `smallest` flips the sign bit first, which
+// reverses the order exactly (key(b ^ sign) = ~key(b)), so that every later step looks for the
+// largest keys. Both directions are bijections: values are recovered bit for bit.
+//
+// Integer instructions run at half rate on these GPUs (64 lanes per SM and cycle), so the two passes
+// over all elements avoid keys: RawRange compares bits directly, and coarse bins are computed for
+// two elements at a time from their upper 16 bits.
+
+#ifndef JAX_TOPK_CUDA_ORDERED_KEY_CUH_
+#define JAX_TOPK_CUDA_ORDERED_KEY_CUH_
+
+#include <cstdint>
+
+#include "ptx.cuh"
+
+#include "../smem_layout.h"
+
+namespace jax_topk {
+
+// What float32 and the 16-bit types share. `Word` holds one element's bits.
+template <typename Word>
+struct KeyOrder {
+  static constexpr int kBits = 8 * sizeof(Word);
+  static constexpr int kBytes = sizeof(Word);
+  static constexpr int kPerVector = kVectorBytes / kBytes;
+  static constexpr uint32_t kMaxKey = static_cast<Word>(~Word{0});
+  static constexpr uint32_t kSign = 1u << (kBits - 1);
+
+  __device__ __forceinline__ static uint32_t SignFlip(bool is_smallest) {
+    return is_smallest ? kSign : 0;
+  }
+  __device__ __forceinline__ static uint32_t Key(uint32_t bits, uint32_t flip) {
+    const uint32_t x = bits ^ flip;
+    return x & kSign ? x ^ kMaxKey : x | kSign;
+  }
+  __device__ __forceinline__ static uint32_t Bits(uint32_t key, uint32_t flip) {
+    return (key & kSign ? key ^ kSign : key ^ kMaxKey) ^ flip;
+  }
+  __device__ __forceinline__ static uint32_t Element(const uint4& vector, int i) {
+    if constexpr (kBits == 32) {
+      return i == 0 ? vector.x : i == 1 ? vector.y : i == 2 ? vector.z : vector.w;
+    } else {
+      const uint32_t pair = i < 2 ? vector.x : i < 4 ? vector.y : i < 6 ? vector.z : vector.w;
+      return i % 2 == 0 ? pair & 0xffffu : pair >> 16;
+    }
+  }
+  // The upper 16 bits of elements 2 i and 2 i + 1.
+  __device__ __forceinline__ static uint32_t Halves(const uint4& vector, int i) {
+    if constexpr (kBits == 32) {
+      return i == 0 ? UpperHalves(vector.x, vector.y) : UpperHalves(vector.z, vector.w);
+    } else {
+      return i == 0 ? vector.x : i == 1 ? vector.y : i == 2 ? vector.z : vector.w;
+    }
+  }
+};
+
+// The elements with keys from `lowest` up, as a range of their bits: bits - first <= span, modulo
+// the word. From the top of the order down, bits fall from the largest word of the upper sign to its
+// zero, then rise from the other sign's zero, so that an upper set is one range modulo the word.
+template <typename T>
+struct RawRange {
+  uint32_t first;
+  uint32_t span;
+
+  __device__ __forceinline__ RawRange(uint32_t lowest, uint32_t flip) {
+    const uint32_t bits = T::Bits(lowest, flip);
+    if (lowest & T::kSign) {  // within the upper sign: up to its largest word
+      first = bits;
+      span = ((T::kSign - 1) ^ flip) - bits;
+    } else {  // all of the upper sign, and the other one down to `bits`
+      first = flip;
+      span = (bits - flip) & T::kMaxKey;
+    }
+  }
+  __device__ __forceinline__ bool Contains(uint32_t bits) const {
+    return ((bits - first) & T::kMaxKey) <= span;
+  }
+};
+
+// Coarse bins split the whole key range into kBins monotone bins: 32 per octave, for float32 and
+// bfloat16 between 2^-15 and 2^17 of either sign. The histogram's natural order is by bits: bin
+// `step` for positive and kBins - 1 - step for negative numbers, which needs one operation for the
+// sign. Readers of the histogram put it into the order of keys, see Histogram.
+constexpr uint32_t kHalfBins = kBins / 2;
+
+__device__ __forceinline__ uint32_t BothHalves(uint32_t half) { return half | half << 16; }
+
+struct FloatSteps {
+  static constexpr uint32_t kFirst = (127 - 15) << 7;  // upper half of 2^-15; below it, step 0
+  static constexpr uint32_t kScale = 4;                // halves per step: 128 / 32
+
+  // Four times the step of each half, plus a rest below 4.
+  __device__ __forceinline__ static uint32_t Fourfold(uint32_t halves) {
+    const uint32_t above = AddMaxHalves(halves & BothHalves(0x7fff),
+                                        BothHalves(0x10000 - kFirst), 0);
+    return MinHalves(above, BothHalves(4 * kHalfBins - 1));
+  }
+  // The smallest magnitude (upper half) of a step.
+  __device__ __forceinline__ static uint32_t Magnitude(uint32_t step) {
+    return step == 0 ? 0 : kFirst + step * kScale;
+  }
+};
+static_assert(FloatSteps::kScale == 4, "Fourfold needs no shift");
+
+struct Float32 : KeyOrder<uint32_t> {
+  static constexpr int kMaxVectors = 5;  // of one thread in one tile; odd (bank conflicts)
+  static constexpr uint32_t kInfinity = 0x7f800000u;
+  __device__ __forceinline__ static uint32_t FourfoldSteps(uint32_t halves) {
+    return FloatSteps::Fourfold(halves);
+  }
+  __device__ __forceinline__ static uint32_t StepMagnitude(uint32_t step) {
+    return FloatSteps::Magnitude(step) << 16;
+  }
+};
+
+struct BFloat16 : KeyOrder<uint16_t> {
+  static constexpr int kMaxVectors = 3;
+  static constexpr uint32_t kInfinity = 0x7f80u;
+  __device__ __forceinline__ static uint32_t FourfoldSteps(uint32_t halves) {
+    return FloatSteps::Fourfold(halves);
+  }
+  __device__ __forceinline__ static uint32_t StepMagnitude(uint32_t step) {
+    return FloatSteps::Magnitude(step);
+  }
+};
+
+struct Float16 : KeyOrder<uint16_t> {
+  static constexpr int kMaxVectors = 3;
+  static constexpr uint32_t kInfinity = 0x7c00u;
+  // 2^15 magnitudes over kHalfBins steps: a step is 32.
+  __device__ __forceinline__ static uint32_t FourfoldSteps(uint32_t halves) {
+    return halves >> 3 & BothHalves(4 * kHalfBins - 4);
+  }
+  __device__ __forceinline__ static uint32_t StepMagnitude(uint32_t step) { return step * 32; }
+};
+
+// The lowest key of coarse bin `from_top`, 0 being the bin of the largest keys.
+template <typename T>
+__device__ __forceinline__ uint32_t CoarseLowestKey(uint32_t from_top) {
+  if (from_top < kHalfBins) return T::kSign + T::StepMagnitude(kHalfBins - 1 - from_top);
+  const uint32_t step = from_top - kHalfBins;
+  return step == kHalfBins - 1 ? 0 : T::kSign - T::StepMagnitude(step + 1);
+}
+
+}  // namespace jax_topk
+
+#endif  // JAX_TOPK_CUDA_ORDERED_KEY_CUH_

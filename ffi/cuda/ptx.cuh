@@ -1,0 +1,194 @@
+// The machine instructions that CUDA C++ has no name for, one function each, and nothing else.
+// Cluster instructions need sm_90; below it they trap, and the planner never asks for a cluster.
+// Tests replace this file by an emulation that runs the kernel on the CPU.
+
+#ifndef JAX_TOPK_CUDA_PTX_CUH_
+#define JAX_TOPK_CUDA_PTX_CUH_
+
+#include <cstdint>
+
+#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
+#define JAX_TOPK_HAS_CLUSTERS 1
+#else
+#define JAX_TOPK_HAS_CLUSTERS 0
+#endif
+
+namespace jax_topk {
+
+using MBarrier = uint64_t;
+
+__device__ __forceinline__ int ThreadIndex() { return static_cast<int>(threadIdx.x); }
+__device__ __forceinline__ uint32_t BlockIndex() { return blockIdx.x; }
+// Of the CTA in its cluster; a launch without clusters has clusters of one.
+__device__ __forceinline__ int ClusterRank() {
+  uint32_t rank = 0;
+#if JAX_TOPK_HAS_CLUSTERS
+  asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
+#endif
+  return static_cast<int>(rank);
+}
+__device__ __forceinline__ unsigned char* SharedMemory() {
+  extern __shared__ __align__(128) unsigned char shared_memory[];
+  return shared_memory;
+}
+__device__ __forceinline__ void SyncThreads() { __syncthreads(); }
+__device__ __forceinline__ void SyncWarp() { __syncwarp(); }
+
+__device__ __forceinline__ uint32_t SharedAddress(const void* pointer) {
+  return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
+}
+
+// For conditions that ordinary rows do not meet: moves their code out of the way. The instruction
+// cache starts cold with every launch, and a jump over unneeded code costs 200 to 400 cycles.
+__device__ __forceinline__ bool Unlikely(bool condition) { return __builtin_expect(condition, 0); }
+
+// 16 bytes of read-only global memory through L1.
+__device__ __forceinline__ uint4 LoadReadOnly(const uint4* pointer) { return __ldg(pointer); }
+
+// Approximate, a few units in the last place: for guesses that are verified.
+__device__ __forceinline__ float FastDivide(float a, float b) { return __fdividef(a, b); }
+__device__ __forceinline__ float FastSquareRoot(float a) { return a * rsqrtf(a); }
+
+// --- Pairs of 16-bit values in one register (single instructions on sm_90) ------------------------
+
+// The upper halves of two words, the first one's in the lower half.
+__device__ __forceinline__ uint32_t UpperHalves(uint32_t first, uint32_t second) {
+  return __byte_perm(first, second, 0x7632);
+}
+// 0xffff in each half whose sign bit is set, else 0.
+__device__ __forceinline__ uint32_t SignsOfHalves(uint32_t halves) {
+  uint32_t signs;
+  asm("prmt.b32 %0, %1, 0, 0xbb99;" : "=r"(signs) : "r"(halves));
+  return signs;
+}
+// max(a + b, c) and min(a, b) of signed halves.
+__device__ __forceinline__ uint32_t AddMaxHalves(uint32_t a, uint32_t b, uint32_t c) {
+  return __viaddmax_s16x2(a, b, c);
+}
+__device__ __forceinline__ uint32_t MinHalves(uint32_t a, uint32_t b) {
+  return __viaddmin_s16x2(a, 0, b);
+}
+
+// --- cp.async: global to shared memory without registers (sm_80) ---------------------------------
+
+__device__ __forceinline__ void CopyAsync16(void* shared, const void* global) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(SharedAddress(shared)), "l"(global)
+               : "memory");
+}
+__device__ __forceinline__ void CopyAsyncCommit() {
+  asm volatile("cp.async.commit_group;" ::: "memory");
+}
+// Waits until at most `kPending` of this thread's groups are unfinished.
+template <int kPending>
+__device__ __forceinline__ void CopyAsyncWait() {
+  asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
+}
+
+// --- Barriers in shared memory that count arrivals and bytes (sm_90) -----------------------------
+
+__device__ __forceinline__ void BarrierInit(MBarrier* barrier) {
+#if JAX_TOPK_HAS_CLUSTERS
+  asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(SharedAddress(barrier)) : "memory");
+#else
+  __trap();
+#endif
+}
+// Makes the initialisations above visible to the cluster; precedes ClusterArrive.
+__device__ __forceinline__ void BarrierInitFence() {
+#if JAX_TOPK_HAS_CLUSTERS
+  asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+#endif
+}
+// The single arrival of a phase: the phase ends once `bytes` more have been written.
+__device__ __forceinline__ void BarrierExpect(MBarrier* barrier, uint32_t bytes) {
+#if JAX_TOPK_HAS_CLUSTERS
+  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(
+                   SharedAddress(barrier)),
+               "r"(bytes)
+               : "memory");
+#endif
+}
+// Waits for the end of the phase of this parity, and for what its writers wrote.
+__device__ __forceinline__ void BarrierWait(MBarrier* barrier, uint32_t parity) {
+#if JAX_TOPK_HAS_CLUSTERS
+  uint32_t done = 0;
+  while (done == 0) {
+    asm volatile(
+        "{\n\t.reg .pred p;\n\t"
+        "mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 p, [%1], %2;\n\t"
+        "selp.u32 %0, 1, 0, p;\n\t}"
+        : "=r"(done)
+        : "r"(SharedAddress(barrier)), "r"(parity)
+        : "memory");
+  }
+#endif
+}
+
+// --- The cluster (sm_90) -------------------------------------------------------------------------
+
+// Relaxed: orders nothing but the barrier initialisations that BarrierInitFence released.
+__device__ __forceinline__ void ClusterArrive() {
+#if JAX_TOPK_HAS_CLUSTERS
+  asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory");
+#endif
+}
+__device__ __forceinline__ void ClusterWait() {
+#if JAX_TOPK_HAS_CLUSTERS
+  asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
+#endif
+}
+
+// The address, in the cluster's shared window, of a local shared object in CTA `rank`.
+__device__ __forceinline__ uint32_t RemoteAddress(const void* local, int rank) {
+  uint32_t remote = 0;
+#if JAX_TOPK_HAS_CLUSTERS
+  asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(remote) : "r"(SharedAddress(local)), "r"(rank));
+#endif
+  return remote;
+}
+
+// Remote stores that announce their bytes to a barrier of the receiving CTA. No fence is needed:
+// the receiver's BarrierWait orders them before its reads.
+__device__ __forceinline__ void SendAsync(uint32_t remote, uint2 value, uint32_t remote_barrier) {
+#if JAX_TOPK_HAS_CLUSTERS
+  asm volatile(
+      "st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v2.b32 [%0], {%1, %2}, [%3];" ::"r"(
+          remote),
+      "r"(value.x), "r"(value.y), "r"(remote_barrier)
+      : "memory");
+#endif
+}
+__device__ __forceinline__ void SendAsync(uint32_t remote, uint4 value, uint32_t remote_barrier) {
+#if JAX_TOPK_HAS_CLUSTERS
+  asm volatile(
+      "st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v4.b32 [%0], {%1, %2, %3, %4}, "
+      "[%5];" ::"r"(remote),
+      "r"(value.x), "r"(value.y), "r"(value.z), "r"(value.w), "r"(remote_barrier)
+      : "memory");
+#endif
+}
+
+// --- Warp-wide operations; all 32 lanes take part -------------------------------------------------
+
+__device__ __forceinline__ uint32_t WarpShiftUp(uint32_t value, int delta) {
+  return __shfl_up_sync(0xffffffffu, value, delta);
+}
+__device__ __forceinline__ uint32_t WarpBroadcast(uint32_t value, int lane) {
+  return __shfl_sync(0xffffffffu, value, lane);
+}
+__device__ __forceinline__ uint32_t WarpBallot(bool predicate) {
+  return __ballot_sync(0xffffffffu, predicate);
+}
+__device__ __forceinline__ uint32_t WarpSum(uint32_t value) {
+  return __reduce_add_sync(0xffffffffu, value);
+}
+__device__ __forceinline__ uint32_t WarpMin(uint32_t value) {
+  return __reduce_min_sync(0xffffffffu, value);
+}
+__device__ __forceinline__ uint32_t WarpMax(uint32_t value) {
+  return __reduce_max_sync(0xffffffffu, value);
+}
+
+}  // namespace jax_topk
+
+#endif  // JAX_TOPK_CUDA_PTX_CUH_

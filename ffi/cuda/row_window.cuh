@@ -1,0 +1,202 @@
+// The window of one row, and how its elements are read: as 16-byte vectors at 16-byte addresses.
+//
+// The first vector may begin before the window and the last may end after it; what lies outside is
+// read, never used. Positions count from the window's start. Only rows at the edge of the operand
+// can have a vector that leaves the operand, and those are read element by element.
+
+#ifndef JAX_TOPK_CUDA_ROW_WINDOW_CUH_
+#define JAX_TOPK_CUDA_ROW_WINDOW_CUH_
+
+#include <cstdint>
+
+#include "ptx.cuh"
+
+#include "block.cuh"
+
+namespace jax_topk {
+
+struct RowWindow {
+  const unsigned char* vectors;  // address of vector 0, a multiple of 16
+  const unsigned char* begin;    // the operand's bytes
+  const unsigned char* end;
+  int32_t length;                // valid elements, 0 .. width
+  int32_t skew;                  // elements of vector 0 before the window
+  int32_t num_vectors;           // that cover the window
+  bool leaves_operand;           // some vector reaches outside [begin, end)
+};
+
+// The window [start, start + length) of a row. `start` and `length` are clamped.
+template <typename T>
+__device__ __forceinline__ RowWindow MakeWindow(const TopKArgs& args, int64_t row, int32_t start,
+                                                int32_t length) {
+  RowWindow window;
+  window.length = length;
+  window.begin = static_cast<const unsigned char*>(args.operand);
+  window.end = window.begin + args.operand_bytes;
+  const unsigned char* first = window.begin + (row * args.width + start) * T::kBytes;
+  const uint32_t misaligned = static_cast<uint32_t>(reinterpret_cast<uintptr_t>(first)) % kVectorBytes;
+  window.vectors = first - misaligned;
+  window.skew = static_cast<int32_t>(misaligned / T::kBytes);
+  window.num_vectors = static_cast<int32_t>(
+      (static_cast<uint32_t>(window.length) + window.skew + T::kPerVector - 1) / T::kPerVector);
+  window.leaves_operand = window.vectors < window.begin ||
+                          window.vectors + int64_t{window.num_vectors} * kVectorBytes > window.end;
+  return window;
+}
+
+// Vector `index` of a row that leaves the operand; elements outside it read as zero bits.
+template <typename T>
+__device__ __forceinline__ uint4 LoadVectorAtEdge(const RowWindow window, int32_t index) {
+  const unsigned char* address = window.vectors + int64_t{index} * kVectorBytes;
+  uint32_t words[4] = {0, 0, 0, 0};
+#pragma unroll
+  for (int i = 0; i < T::kPerVector; ++i) {
+    const unsigned char* element = address + i * T::kBytes;
+    if (element < window.begin || element >= window.end) continue;
+    if constexpr (T::kBytes == 4) {
+      words[i] = *reinterpret_cast<const uint32_t*>(element);
+    } else {
+      words[i / 2] |= uint32_t{*reinterpret_cast<const uint16_t*>(element)} << (16 * (i % 2));
+    }
+  }
+  return make_uint4(words[0], words[1], words[2], words[3]);
+}
+
+template <typename T>
+__device__ __forceinline__ uint4 LoadVector(const RowWindow& window, int32_t index) {
+  if (Unlikely(window.leaves_operand)) return LoadVectorAtEdge<T>(window, index);
+  return LoadReadOnly(
+      reinterpret_cast<const uint4*>(window.vectors + int64_t{index} * kVectorBytes));
+}
+
+// A CTA's share of the row: vectors [first, last).
+struct Part {
+  int32_t first;
+  int32_t last;
+};
+
+template <typename T>
+__device__ __forceinline__ void CopyTileAtEdge(const RowWindow window, int32_t first, int32_t last,
+                                  unsigned char* tile) {
+  for (int32_t slot = ThreadIndex(); slot < last - first; slot += kThreads) {
+    reinterpret_cast<uint4*>(tile)[slot] = LoadVectorAtEdge<T>(window, first + slot);
+  }
+}
+
+// Starts copying the vectors [first, last) into a tile in shared memory. In the tile, each thread
+// owns as many consecutive vectors as the caller makes runs of.
+template <typename T>
+__device__ __forceinline__ void CopyTile(const Cta& cta, const RowWindow& window, int32_t first,
+                                         int32_t last, unsigned char* tile) {
+  if (Unlikely(window.leaves_operand)) {
+    CopyTileAtEdge<T>(window, first, last, tile);
+    return;
+  }
+  const unsigned char* from = window.vectors + int64_t{first} * kVectorBytes;
+#pragma unroll 1
+  for (int32_t slot = cta.thread; slot < last - first; slot += kThreads) {
+    CopyAsync16(tile + slot * kVectorBytes, from + int64_t{slot} * kVectorBytes);
+  }
+}
+
+__device__ __forceinline__ uint32_t LowBits(int32_t count) {
+  return count <= 0 ? 0 : count >= 32 ? 0xffffffffu : (1u << count) - 1;
+}
+
+// The elements of vector `index`, of `per_vector`, that lie in the window, as bits.
+__device__ __forceinline__ uint32_t ValidAtEdge(int32_t index, int32_t per_vector, int32_t skew,
+                                          int32_t length) {
+  const int64_t position = int64_t{index} * per_vector - skew;
+  const int64_t available = min(length - position, int64_t{per_vector});
+  return LowBits(static_cast<int32_t>(max(available, int64_t{0}))) &
+         ~LowBits(static_cast<int32_t>(max(-position, int64_t{0})));
+}
+
+__device__ __forceinline__ uint32_t ValidInVector(const RowWindow& window, int32_t index,
+                                                  int32_t per_vector) {
+  if (Unlikely(index == 0 || index == window.num_vectors - 1)) {
+    return ValidAtEdge(index, per_vector, window.skew, window.length);
+  }
+  return LowBits(per_vector);
+}
+
+// A thread's run of consecutive elements in a tile; at most 32.
+struct Run {
+  const uint4* vectors;
+  int32_t num_vectors;
+  int32_t position;  // of element 0, within the window; negative before its start
+  uint32_t valid;    // bit i: element i lies in the window and in the part
+};
+
+// This thread's run in a tile that holds the vectors [first, last), or the first of them.
+template <typename T>
+__device__ __forceinline__ Run MakeRun(const Cta& cta, const RowWindow& window, int32_t first,
+                                       int32_t last, int32_t per_thread,
+                                       const unsigned char* tile) {
+  const int32_t slot = cta.thread * per_thread;
+  Run run;
+  run.vectors = reinterpret_cast<const uint4*>(tile) + slot;
+  run.num_vectors = min(per_thread, last - first - slot);
+  // Unsigned: near a width of 2^31 a position behind the last element does not fit an int32.
+  const uint32_t position = static_cast<uint32_t>(first + slot) * T::kPerVector - window.skew;
+  run.position = static_cast<int32_t>(position);
+  run.valid = 0;
+  if (run.num_vectors > 0) {
+    const int32_t elements = run.num_vectors * T::kPerVector;
+    run.valid = 0xffffffffu >> (32 - elements);
+    if (Unlikely(run.position < 0)) run.valid &= ~LowBits(-run.position);
+    if (Unlikely(run.position > window.length - elements)) {
+      run.valid &= LowBits(window.length - run.position);
+    }
+  }
+  return run;
+}
+
+// Calls visit(vector, first) for every vector of a run; `first` is the index in the run of its first
+// element. Elements that do not count are visited too: mask with run.valid. A loop, not unrolled:
+// straight code costs 40 cycles per eight instructions in the instruction cache.
+template <typename T, typename Visit>
+__device__ __forceinline__ void VisitRun(const Run& run, Visit visit) {
+#pragma unroll 1
+  for (int32_t v = 0; v < run.num_vectors; ++v) visit(run.vectors[v], v * T::kPerVector);
+}
+
+// The key of element `index` of a run.
+template <typename T>
+__device__ __forceinline__ uint32_t KeyInRun(const Run& run, int32_t index, uint32_t flip) {
+  if constexpr (T::kBytes == 4) {
+    return T::Key(reinterpret_cast<const uint32_t*>(run.vectors)[index], flip);
+  } else {
+    return T::Key(reinterpret_cast<const uint16_t*>(run.vectors)[index], flip);
+  }
+}
+
+// Calls visit(vector, valid) for the kCount vectors index(0) .. index(kCount - 1), which are loaded at
+// once; a negative index stands for none.
+template <typename T, int kCount, typename Index, typename Visit>
+__device__ __forceinline__ void VisitVectors(const RowWindow& window, Index index, Visit visit) {
+  static_assert(kCount * T::kPerVector <= 32, "one bit per element");
+  uint4 vectors[kCount];
+  uint32_t valid = 0;
+#pragma unroll
+  for (int v = 0; v < kCount; ++v) {
+    const int32_t at = index(v);
+    vectors[v] = make_uint4(0, 0, 0, 0);
+    if (at >= 0) {
+      vectors[v] = LoadVector<T>(window, at);
+      valid |= ValidInVector(window, at, T::kPerVector) << (v * T::kPerVector);
+    }
+  }
+#pragma unroll 1
+  for (int v = 0; v < kCount; ++v) {
+    visit(vectors[0], valid & LowBits(T::kPerVector));
+    // The vectors move up, so that the loop need not be unrolled to name its registers.
+#pragma unroll
+    for (int u = 0; u + 1 < kCount; ++u) vectors[u] = vectors[u + 1];
+    valid >>= T::kPerVector;
+  }
+}
+
+}  // namespace jax_topk
+
+#endif  // JAX_TOPK_CUDA_ROW_WINDOW_CUH_

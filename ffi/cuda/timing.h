@@ -1,0 +1,32 @@
+// Times launches inside one CUDA graph: the bench's metric graph_chain_us and its floors.
+
+#ifndef JAX_TOPK_CUDA_TIMING_H_
+#define JAX_TOPK_CUDA_TIMING_H_
+
+#include <cuda_runtime_api.h>
+
+#include <functional>
+#include <string>
+#include <vector>
+
+#include "launch.h"
+
+namespace jax_topk {
+
+// Enqueues one launch on a stream; returns an empty string or a sentence.
+using Launch = std::function<std::string(cudaStream_t)>;
+
+// An empty kernel: what a graph node costs.
+std::string LaunchEmpty(cudaStream_t stream);
+
+// Reads every row's window once and writes k indices per row: what moving the data costs.
+std::string LaunchRead(const Problem& problem, const TopKBuffers& buffers, cudaStream_t stream);
+
+// Captures `num_launches` calls of `launch` into one graph and replays it. `microseconds` receives,
+// for each of `num_replays` replays, the time of the replay divided by `num_launches`.
+std::string TimeGraphChain(const Launch& launch, int num_launches, int num_replays,
+                           std::vector<double>* microseconds);
+
+}  // namespace jax_topk
+
+#endif  // JAX_TOPK_CUDA_TIMING_H_

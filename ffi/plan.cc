@@ -1,0 +1,156 @@
+#include "plan.h"
+
+#include <algorithm>
+#include <charconv>
+
+#include "smem_layout.h"
+
+namespace jax_topk {
+namespace {
+
+// Entries beyond k that the list may hold. A sample of 4096 elements places the lower bound so
+// that a row of 160 K keeps about 3400 entries for k = 2048 with a standard deviation of 375, so
+// overflow needs an error of seven deviations.
+constexpr int64_t kSpareEntries = 4096;
+constexpr int64_t kMinSpareEntries = 256;
+
+// Below this many elements per CTA the exchange between CTAs costs more than it saves.
+constexpr int kPartElements = 2048;
+
+constexpr int64_t kSmemReservedPerBlock = 1024;  // by the CUDA runtime
+
+bool ParseInt(std::string_view text, int* value) {
+  const char* end = text.data() + text.size();
+  auto [stop, error] = std::from_chars(text.data(), end, *value);
+  return error == std::errc() && stop == end;
+}
+
+std::string BadOverride(std::string_view item, const char* rule) {
+  return "plan override '" + std::string(item) + "' is not valid: " + rule;
+}
+
+std::string ParseOne(std::string_view item, PlanOverrides* overrides) {
+  const size_t equals = item.find('=');
+  if (equals == std::string_view::npos) {
+    return BadOverride(item, "write name=value, for instance path=exact");
+  }
+  const std::string_view name = item.substr(0, equals);
+  const std::string_view value = item.substr(equals + 1);
+  if (name == "path") {
+    if (value == "auto") overrides->path = Path::kAuto;
+    else if (value == "short") overrides->path = Path::kShort;
+    else if (value == "sample") overrides->path = Path::kSample;
+    else if (value == "exact") overrides->path = Path::kExact;
+    else return BadOverride(item, "path is one of auto, short, sample, exact");
+    return "";
+  }
+  int number = 0;
+  if (!ParseInt(value, &number)) return BadOverride(item, "the value must be an integer");
+  if (name == "cluster") {
+    if (number < 1 || number > kMaxClusterSize) {
+      return BadOverride(item, "cluster is between 1 and 16");
+    }
+    overrides->cluster_size = number;
+  } else if (name == "candidates") {
+    if (number < 4) return BadOverride(item, "candidates is at least 4");
+    overrides->candidates = number;
+  } else if (name == "part") {
+    if (number < 1) return BadOverride(item, "part is at least 1");
+    overrides->part_elements = number;
+  } else if (name == "stages") {
+    if (number != 2 && number != 4) return BadOverride(item, "stages is 2 or 4");
+    overrides->num_stages = number;
+  } else {
+    return BadOverride(item, "the names are path, cluster, candidates, part, stages");
+  }
+  return "";
+}
+
+}  // namespace
+
+std::string ParsePlanOverrides(std::string_view text, PlanOverrides* overrides) {
+  *overrides = PlanOverrides();
+  while (!text.empty()) {
+    const size_t comma = text.find(',');
+    std::string error = ParseOne(text.substr(0, comma), overrides);
+    if (!error.empty()) return error;
+    if (comma == std::string_view::npos) break;
+    text.remove_prefix(comma + 1);
+    if (text.empty()) return "plan override list ends in a comma; remove it";
+  }
+  return "";
+}
+
+std::string PlanLaunch(const Problem& problem, const DeviceLimits& limits,
+                       const PlanOverrides& overrides, LaunchPlan* plan) {
+  if (problem.k < 0 || problem.k > problem.width) {
+    return "k=" + std::to_string(problem.k) + " must lie between 0 and the row width " +
+           std::to_string(problem.width);
+  }
+  if (problem.k > kMaxK) {
+    return "k=" + std::to_string(problem.k) + " exceeds " + std::to_string(kMaxK) +
+           ", the largest k of the CUDA kernel; use implementation='xla'";
+  }
+  if (problem.rows < 0 || problem.width < 0 || problem.width >= (int64_t{1} << 31)) {
+    return "the operand has " + std::to_string(problem.rows) + " rows of width " +
+           std::to_string(problem.width) + "; the width must stay below 2^31";
+  }
+  *plan = LaunchPlan();
+  plan->path = overrides.path;
+  plan->part_elements = overrides.part_elements > 0 ? overrides.part_elements : kPartElements;
+
+  // One CTA per SM is the aim: the largest power of two of CTAs per row that the SMs can hold, but
+  // no more CTAs than the widest possible row can use.
+  int cluster = 1;
+  while (cluster * 2 <= limits.max_cluster_size && cluster * 2 <= kMaxClusterSize &&
+         problem.rows * cluster * 2 <= limits.num_sms &&
+         int64_t{cluster} * plan->part_elements < problem.width) {
+    cluster *= 2;
+  }
+  if (overrides.cluster_size > 0) {
+    if (overrides.cluster_size > limits.max_cluster_size) {
+      return "plan override cluster=" + std::to_string(overrides.cluster_size) +
+             " exceeds the device's largest cluster of " + std::to_string(limits.max_cluster_size);
+    }
+    cluster = overrides.cluster_size;
+  }
+  plan->cluster_size = cluster;
+  plan->num_ctas = problem.rows * cluster;
+  if (plan->num_ctas >= (int64_t{1} << 31)) {
+    return "the operand has " + std::to_string(problem.rows) +
+           " rows; the CUDA kernel takes fewer than 2^31 divided by its cluster size of " +
+           std::to_string(cluster);
+  }
+
+  // Where every CTA has an SM to itself, its shared memory is better spent on loads in flight. Not
+  // with clusters: two CTAs must fit an SM, or the last cluster waits (seven of 16 CTAs fit an H100
+  // at one CTA per SM).
+  const bool is_alone = cluster == 1 && plan->num_ctas <= limits.num_sms;
+  plan->num_stages = overrides.num_stages > 0 ? overrides.num_stages : (is_alone ? 4 : 2);
+
+  // The list must hold k winners, and k ties when the threshold is a plateau of equal values.
+  int64_t spare = overrides.candidates > 0 ? overrides.candidates : kSpareEntries;
+  const int64_t smem_limit =
+      std::min(limits.smem_per_block_bytes, limits.smem_per_sm_bytes - kSmemReservedPerBlock);
+  while (true) {
+    plan->list_capacity =
+        static_cast<int>(AlignUp(problem.k + std::max(spare, problem.k), 4));
+    if (overrides.candidates > 0) {
+      plan->list_capacity = static_cast<int>(AlignUp(2 * problem.k + overrides.candidates, 4));
+    }
+    plan->smem_bytes =
+        MakeSmemLayout(plan->num_stages, plan->list_capacity, problem.k).total_bytes;
+    if (plan->smem_bytes <= smem_limit) return "";
+    if (plan->num_stages > 2 && overrides.num_stages == 0) {
+      plan->num_stages = 2;
+    } else if (spare > problem.k && spare > kMinSpareEntries && overrides.candidates == 0) {
+      spare /= 2;
+    } else {
+      return "k=" + std::to_string(problem.k) + " needs " + std::to_string(plan->smem_bytes) +
+             " bytes of shared memory per block, but the device offers " +
+             std::to_string(smem_limit);
+    }
+  }
+}
+
+}  // namespace jax_topk

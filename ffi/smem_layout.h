@@ -1,0 +1,89 @@
+// Where everything lies in one CTA's shared memory: byte offsets used by the planner (sizes) and
+// by the kernel (addresses), so that both always agree.
+//
+//   header | bins | area A | area B
+//
+// A row whose share per CTA fits one tile keeps that tile in A until its output is written, and
+// the candidates lie in B. A longer share is streamed through a ring of tiles in A into a list of
+// (key, position) in B; once the ring is dead, the candidates lie in A. Candidates are
+//
+//   gathered candidate keys of the whole row | own candidate keys, later the staged output
+//
+// The reuse is safe across the CTAs of a cluster: a CTA sends candidates only after every peer has
+// announced its counts, and a peer announces them after its last read of its ring.
+
+#ifndef JAX_TOPK_SMEM_LAYOUT_H_
+#define JAX_TOPK_SMEM_LAYOUT_H_
+
+#include <cstdint>
+
+namespace jax_topk {
+
+// Threads of one CTA. 512 halve the cost of a block barrier and of every instruction that all
+// threads execute against 1024 (23 ns and 4 cycles), and two such CTAs share an SM.
+inline constexpr int kThreads = 512;
+inline constexpr int kWarps = kThreads / 32;
+inline constexpr int kVectorBytes = 16;  // one cp.async, one LDS.128
+inline constexpr int kMaxClusterSize = 16;
+
+// Bins of a histogram; four per thread, so that one LDS.128 reads a thread's share.
+inline constexpr int kBins = 4 * kThreads;
+
+// The largest k that the kernel serves. Bounded by the shared memory of the list.
+inline constexpr int kMaxK = 4096;
+
+// Vectors that one thread owns in a streamed tile. Odd, so that eight neighbouring threads that
+// read their own vectors touch all 32 banks once.
+inline constexpr int kStreamVectors = 3;
+
+// Room for the segments of a histogram that a CTA sums for its cluster: kBins / 4 vectors, rounded
+// up by at most one vector per CTA. Area B also carries these segments and their totals.
+inline constexpr int kClusterSegmentVectors = kThreads + kMaxClusterSize;
+inline constexpr int64_t kSumBytes = (kClusterSegmentVectors + kThreads) * int64_t{kVectorBytes};
+
+inline constexpr int64_t kHeaderBytes = 2048;
+// One spare bin, in a vector of its own, takes what does not count.
+inline constexpr int64_t kBinsBytes = int64_t{kBins} * 4 + kVectorBytes;
+
+constexpr int64_t AlignUp(int64_t value, int64_t to) { return (value + to - 1) / to * to; }
+
+constexpr int64_t NextPowerOfTwo(int64_t value) {
+  int64_t power = 1;
+  while (power < value) power *= 2;
+  return power;
+}
+
+// The ring of tiles while a row is streamed. Two stages also hold the largest single tile.
+constexpr int64_t TileRingBytes(int num_stages) {
+  return int64_t{num_stages} * kThreads * kStreamVectors * kVectorBytes;
+}
+
+struct SmemLayout {
+  int64_t bins;  // uint32[kBins]
+  int64_t a;
+  int64_t b;
+  int64_t own;        // from the start of the candidates: uint32[list_capacity], or the output
+  int64_t total_bytes;
+};
+
+// `list_capacity`: entries, a multiple of 4.
+constexpr SmemLayout MakeSmemLayout(int num_stages, int64_t list_capacity, int64_t k) {
+  const auto larger = [](int64_t x, int64_t y) { return x > y ? x : y; };
+  // Every CTA's segment of the gathered keys is padded to whole vectors. The output is k positions
+  // and k keys; sorting needs a power of two of pairs.
+  const int64_t gathered_bytes = (list_capacity + 4 * kMaxClusterSize) * 4;
+  const int64_t own_bytes = larger(list_capacity * 4, NextPowerOfTwo(k) * 8);
+  const int64_t candidates_bytes = gathered_bytes + own_bytes;
+  SmemLayout layout{};
+  layout.bins = kHeaderBytes;
+  layout.a = AlignUp(layout.bins + kBinsBytes, 128);
+  layout.b = layout.a + AlignUp(larger(TileRingBytes(num_stages), candidates_bytes), 128);
+  layout.own = gathered_bytes;
+  layout.total_bytes =
+      layout.b + AlignUp(larger(larger(list_capacity * 8, kSumBytes), candidates_bytes), 128);
+  return layout;
+}
+
+}  // namespace jax_topk
+
+#endif  // JAX_TOPK_SMEM_LAYOUT_H_

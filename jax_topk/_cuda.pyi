@@ -1,0 +1,30 @@
+"""FFI handlers of the CUDA target, device facts, and timing."""
+
+from jax_topk._cpu import DeviceLimits
+
+VERSION: str
+FFI_API_VERSION: tuple[int, int]
+ARCHITECTURES: list[str]
+MAX_K: int
+
+def registrations() -> dict[str, object]: ...
+def device_limits(device: int = 0) -> DeviceLimits: ...
+def driver_version() -> int: ...
+def graph_chain(
+    kind: str,
+    operand: int,
+    starts: int,
+    lengths: int,
+    values: int,
+    indices: int,
+    rows: int,
+    width: int,
+    k: int,
+    dtype: str,
+    smallest: bool,
+    sorted: bool,
+    plan: str,
+    launches: int,
+    replays: int,
+    device: int,
+) -> list[float]: ...

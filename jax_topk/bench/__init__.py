@@ -1,0 +1,23 @@
+"""The bench: the only source of this project's numbers (`python -m jax_topk.bench`).
+
+A run walks through *cells*. Each cell names a shape (rows, window lengths, width, k, dtype), a
+distribution of values, what is asked for (`output`) and a forced plan; every implementation is
+measured on it, and every result is proven right before and after it is timed.
+
+    cases.py            cells, blocks of cells, and the suites of the committed results
+    inputs.py           generators of values and of window lengths, on the device
+    certificate.py      an O(width) proof that a result is the exact top-k, one jitted function
+    oracle.py           the contract in NumPy, for samples of rows and for small cells
+    implementations.py  this package, lax, torch, FlashInfer and the floors, as things to time
+    timing.py           interleaved samples, slopes of chains, quantiles
+    runner.py           measures blocks cell by cell, with progress
+    results.py          records, header, JSON
+    tables.py           text tables
+    compare.py          new against old results, beyond noise
+    peers.py            against a table of other kernels' times
+    goals.py            the project's speed targets, met or missed
+    plot.py, report.py  the README's plot and tables, regenerated from committed results
+
+Only `certificate`, `implementations`, `inputs` and `runner` touch a device; the rest works on
+records, wherever they were measured.
+"""
