@@ -10,8 +10,9 @@ namespace {
 
 // Entries beyond k that the list may hold. A sample of 4096 elements places the lower bound so
 // that a row of 160 K keeps about 3400 entries for k = 2048 with a standard deviation of 375, so
-// overflow needs an error of seven deviations.
+// overflow needs an error of seven deviations. With fewer, more rows take the exact path.
 constexpr int64_t kSpareEntries = 4096;
+constexpr int64_t kFewSpareEntries = 1024;
 constexpr int64_t kMinSpareEntries = 256;
 
 // Below this many elements per CTA the exchange between CTAs costs more than it saves.
@@ -114,36 +115,35 @@ std::string PlanLaunch(const Problem& problem, const DeviceLimits& limits,
     }
     cluster = overrides.cluster_size;
   }
-  plan->cluster_size = cluster;
-  plan->num_ctas = problem.rows * cluster;
-  if (plan->num_ctas >= (int64_t{1} << 31)) {
+  if (problem.rows * cluster >= (int64_t{1} << 31)) {
     return "the operand has " + std::to_string(problem.rows) +
            " rows; the CUDA kernel takes fewer than 2^31 divided by its cluster size of " +
            std::to_string(cluster);
   }
-
-  // Where every CTA has an SM to itself, its shared memory is better spent on loads in flight. Not
-  // with clusters: two CTAs must fit an SM, or the last cluster waits (seven of 16 CTAs fit an H100
-  // at one CTA per SM).
-  const bool is_alone = cluster == 1 && plan->num_ctas <= limits.num_sms;
-  plan->num_stages = overrides.num_stages > 0 ? overrides.num_stages : (is_alone ? 4 : 2);
-
-  // The list must hold k winners, and k ties when the threshold is a plateau of equal values.
   int64_t spare = overrides.candidates > 0 ? overrides.candidates : kSpareEntries;
   const int64_t smem_limit =
       std::min(limits.smem_per_block_bytes, limits.smem_per_sm_bytes - kSmemReservedPerBlock);
+  // Where every CTA has an SM to itself, its shared memory is better spent on loads in flight. Not
+  // with clusters: two CTAs must fit an SM, or the last cluster waits (seven of 16 CTAs fit an H100
+  // at one CTA per SM).
+  int num_stages = overrides.num_stages;
+  if (num_stages == 0) num_stages = cluster == 1 && problem.rows <= limits.num_sms ? 4 : 2;
   while (true) {
-    plan->list_capacity =
-        static_cast<int>(AlignUp(problem.k + std::max(spare, problem.k), 4));
-    if (overrides.candidates > 0) {
-      plan->list_capacity = static_cast<int>(AlignUp(2 * problem.k + overrides.candidates, 4));
-    }
+    plan->cluster_size = cluster;
+    plan->num_ctas = problem.rows * cluster;
+    plan->num_stages = num_stages;
+    plan->list_capacity = static_cast<int>(AlignUp(problem.k + spare, 4));
     plan->smem_bytes =
-        MakeSmemLayout(plan->num_stages, plan->list_capacity, problem.k).total_bytes;
+        MakeSmemLayout(cluster, num_stages, plan->list_capacity, problem.k).total_bytes;
     if (plan->smem_bytes <= smem_limit) return "";
-    if (plan->num_stages > 2 && overrides.num_stages == 0) {
-      plan->num_stages = 2;
-    } else if (spare > problem.k && spare > kMinSpareEntries && overrides.candidates == 0) {
+    // Too large: give up what costs least first.
+    if (num_stages > 2 && overrides.num_stages == 0) {
+      num_stages = 2;
+    } else if (spare > kFewSpareEntries && overrides.candidates == 0) {
+      spare /= 2;
+    } else if (cluster > 1 && overrides.cluster_size == 0) {
+      cluster = 1;
+    } else if (spare > kMinSpareEntries && overrides.candidates == 0) {
       spare /= 2;
     } else {
       return "k=" + std::to_string(problem.k) + " needs " + std::to_string(plan->smem_bytes) +

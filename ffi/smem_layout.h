@@ -67,11 +67,12 @@ struct SmemLayout {
 };
 
 // `list_capacity`: entries, a multiple of 4.
-constexpr SmemLayout MakeSmemLayout(int num_stages, int64_t list_capacity, int64_t k) {
+constexpr SmemLayout MakeSmemLayout(int cluster_size, int num_stages, int64_t list_capacity,
+                                    int64_t k) {
   const auto larger = [](int64_t x, int64_t y) { return x > y ? x : y; };
-  // Every CTA's segment of the gathered keys is padded to whole vectors. The output is k positions
-  // and k keys; sorting needs a power of two of pairs.
-  const int64_t gathered_bytes = (list_capacity + 4 * kMaxClusterSize) * 4;
+  // Every CTA's segment of the gathered keys is padded to whole vectors; a CTA alone gathers nothing.
+  // The output is k positions and k keys; sorting needs a power of two of pairs.
+  const int64_t gathered_bytes = cluster_size == 1 ? 0 : (list_capacity + 4 * cluster_size) * 4;
   const int64_t own_bytes = larger(list_capacity * 4, NextPowerOfTwo(k) * 8);
   const int64_t candidates_bytes = gathered_bytes + own_bytes;
   SmemLayout layout{};
@@ -80,7 +81,7 @@ constexpr SmemLayout MakeSmemLayout(int num_stages, int64_t list_capacity, int64
   layout.b = layout.a + AlignUp(larger(TileRingBytes(num_stages), candidates_bytes), 128);
   layout.own = gathered_bytes;
   layout.total_bytes =
-      layout.b + AlignUp(larger(larger(list_capacity * 8, kSumBytes), candidates_bytes), 128);
+      layout.b + AlignUp(larger(larger(list_capacity * 8, cluster_size == 1 ? 0 : kSumBytes), candidates_bytes), 128);
   return layout;
 }
 

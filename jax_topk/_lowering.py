@@ -12,8 +12,9 @@ attribute `num_batch_dims` tells GSPMD how many leading dimensions are independe
 
 from __future__ import annotations
 
+import contextvars
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -25,13 +26,21 @@ from jax_topk import _native
 from jax_topk._primitive import jax_topk_p, split_operands
 from jax_topk._reference import reference_top_k
 
-__all__ = ["IMPLEMENTATIONS", "KERNEL_DTYPES", "choose", "why_not"]
+__all__ = ["IMPLEMENTATIONS", "KERNEL_DTYPES", "choose", "is_lowering_expression", "why_not"]
 
 IMPLEMENTATIONS = ("cuda", "cpu", "xla")
 KERNEL_DTYPES = ("float32", "bfloat16", "float16")
 
 _INT32_MAX = np.iinfo(np.int32).max
 _MAX_CONSTANT_ROWS = 1 << 16
+
+
+_is_lowering_expression = contextvars.ContextVar("jax_topk_is_lowering_expression", default=False)
+
+
+def is_lowering_expression() -> bool:
+    """Whether the XLA expression is being lowered: what it is made of must stay XLA's."""
+    return _is_lowering_expression.get()
 
 
 def why_not(implementation: str, dtype: Any, k: Any) -> str | None:
@@ -97,7 +106,7 @@ def _how_to_reach(implementation: str) -> str:
     )
 
 
-def _lower_for(platform: str | None):
+def _lower_for(platform: str | None) -> Callable[..., Sequence[Any]]:
     """Returns the lowering rule for one platform; None is the rule for all others."""
 
     def rule(ctx: Any, *operands: Any, implementation: str | None, **params: Any) -> Sequence[Any]:
@@ -124,7 +133,11 @@ def _lower_to_xla(ctx: Any, operands: Sequence[Any], params: dict[str, Any]) -> 
             partitionable=_may_be_partitioned(ctx),
         )
 
-    return mlir.lower_fun(expression, multiple_results=True)(ctx, *operands)
+    token = _is_lowering_expression.set(True)
+    try:
+        return mlir.lower_fun(expression, multiple_results=True)(ctx, *operands)
+    finally:
+        _is_lowering_expression.reset(token)
 
 
 def _may_be_partitioned(ctx: Any) -> bool:
@@ -203,7 +216,7 @@ def _partitioning_attributes(ctx: Any) -> dict[str, Any] | None:
             {"num_batch_dims": str(len(shapes_in[0]) - 1)}
         )
     }
-    if jax.config.jax_use_shardy_partitioner:
+    if getattr(jax.config, "jax_use_shardy_partitioner", True):
         attributes["sdy.sharding_rule"] = mlir.ir.Attribute.parse(
             sharding_rule(shapes_in, shapes_out)
         )

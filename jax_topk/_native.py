@@ -26,6 +26,7 @@ import types
 from typing import Any
 
 import jax
+import jaxlib.version
 
 from jax_topk._version import __version__
 
@@ -118,13 +119,13 @@ def incompatibility(
     if running is None:
         return (
             f"jax_topk.{module_name} was compiled for XLA FFI {as_text}, and the FFI version of"
-            f" jaxlib {jax.lib.__version__} could not be read from its header"
+            f" jaxlib {jaxlib.version.__version__} could not be read from its header"
             " xla/ffi/api/c_api.h; reinstall jaxlib"
         )
     if compiled[0] != running[0] or compiled[1] > running[1]:
         return (
             f"jax_topk.{module_name} was compiled for XLA FFI {as_text}, which jaxlib"
-            f" {jax.lib.__version__} (XLA FFI {'.'.join(map(str, running))}) does not accept;"
+            f" {jaxlib.version.__version__} (XLA FFI {'.'.join(map(str, running))}) does not accept;"
             " upgrade jax and jaxlib, or rebuild jax_topk against this jaxlib:"
             " `pip install --no-build-isolation .`"
         )

@@ -146,7 +146,9 @@ def _impl(*operands: jax.Array, **params: Any) -> list[jax.Array]:
 jax_topk_p.def_impl(_impl)
 
 
-def _batch(axis_data: Any, operands: Sequence[Any], dims: Sequence[Any], **params: Any):
+def _batch(
+    axis_data: Any, operands: Sequence[Any], dims: Sequence[Any], **params: Any
+) -> tuple[list[Any], list[int | None]]:
     """Moves every batch dimension to the front and binds again: the primitive takes any batch."""
     if all(dim is None for dim in dims):  # JAX asks here for unbatched operands too
         results = jax_topk_p.bind(*operands, **params)
@@ -181,7 +183,9 @@ def take_selected(operand: jax.Array, starts: jax.Array | None, indices: jax.Arr
     return gather_last(operand, indices, "fill")
 
 
-def _jvp(primals: Sequence[Any], tangents: Sequence[Any], **params: Any):
+def _jvp(
+    primals: Sequence[Any], tangents: Sequence[Any], **params: Any
+) -> tuple[list[Any], list[Any]]:
     results = jax_topk_p.bind(*primals, **params)
     zeros = [ad.Zero(jax.typeof(x).to_tangent_aval()) for x in results]
     if params["indices_only"] or type(tangents[0]) is ad.Zero:
@@ -193,7 +197,7 @@ def _jvp(primals: Sequence[Any], tangents: Sequence[Any], **params: Any):
 ad.primitive_jvps[jax_topk_p] = _jvp
 
 
-def _eliminate_dead_values(used: Sequence[bool], *rest: Any):
+def _eliminate_dead_values(used: Sequence[bool], *rest: Any) -> tuple[list[bool], Any]:
     """Drops unused values: XLA cannot drop one result of a custom call, so it is another call.
 
     With `sorted=True` the indices still follow the order of the values, which have to be written.

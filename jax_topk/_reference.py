@@ -23,6 +23,8 @@ float8_e5m2fnuz, distinct finite values.)
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -175,7 +177,9 @@ def _select(keys: jax.Array, k: int, by_sort: bool) -> tuple[jax.Array, jax.Arra
     return unrank(first_k(ranks)), first_k(indices)
 
 
-def _descending_ranks(keys: jax.Array):
+def _descending_ranks(
+    keys: jax.Array,
+) -> tuple[jax.Array, Callable[[jax.Array], jax.Array]]:
     """Integers whose ascending order is the descending total order of `keys`, and the inverse.
 
     `lax.sort` compares floats with -0.0 equal to +0.0 and all NaNs equal, so floats must become
@@ -186,7 +190,7 @@ def _descending_ranks(keys: jax.Array):
     int_dtype = np.dtype(f"int{8 * keys.dtype.itemsize}")
     magnitude = np.array(np.iinfo(int_dtype).max, int_dtype)
 
-    def flip(x):
+    def flip(x: jax.Array) -> jax.Array:
         return jnp.where(x < 0, x ^ magnitude, x)
 
     ranks = ~flip(lax.bitcast_convert_type(keys, int_dtype))
@@ -219,6 +223,7 @@ class _Codec:
         self.dtype = np.dtype(dtype)
         self.smallest = smallest
         self.bits = _bits(self.dtype)
+        self.key_dtype: np.dtype[Any]
         is_float = jnp.issubdtype(self.dtype, jnp.floating)
         if self.dtype == np.bool_:
             self.key_dtype = np.dtype(np.bool_)

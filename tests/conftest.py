@@ -19,7 +19,16 @@ import jax  # noqa: E402
 import pytest  # noqa: E402
 from runners import Runner, device_of, why_no_cuda  # noqa: E402
 
+import jax_topk  # noqa: E402
+
+# Set by test_install, to run the conformance tests on `jax.lax.top_k` itself.
+INSTALLED = os.environ.get("JAX_TOPK_TEST_INSTALLED", "0") == "1"
 REQUIRE_GPU = os.environ.get("JAX_TOPK_REQUIRE_GPU", "0") not in ("", "0")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if INSTALLED:
+        jax_topk.install()
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

@@ -99,7 +99,5 @@ def assert_same(actual: np.ndarray, expected: np.ndarray) -> None:
 
 
 def device_of(implementation: str) -> jax.Device:
-    """The device on which an implementation is tested; the XLA expression on the fastest."""
-    if implementation == "cuda":
-        return gpu_devices()[0]
-    return jax.devices("cpu" if implementation == "cpu" else None)[0]
+    """The device on which an implementation is tested; `test_cuda` runs the expression on a GPU."""
+    return gpu_devices()[0] if implementation == "cuda" else jax.devices("cpu")[0]

@@ -51,6 +51,9 @@ FORMULAS = {"plain": PLAIN, "yarn": EXTENDED, "interleaved": INTERLEAVED, "fp8":
 ALL = {"two layers": TWO_LAYERS, "fp8": FP8, "compressed": COMPRESSED}
 
 formula_configs = pytest.mark.parametrize("config", FORMULAS.values(), ids=FORMULAS.keys())
+deep_configs = pytest.mark.parametrize(
+    "config", [TWO_LAYERS, COMPRESSED], ids=["two layers", "compressed"]
+)
 all_configs = pytest.mark.parametrize("config", ALL.values(), ids=ALL.keys())
 xla = selection.select_top_k("xla")
 prefill = jax.jit(model.prefill, static_argnames=("config", "select", "block"))
@@ -294,7 +297,7 @@ class TestSelectors:
 
 
 class TestModel:
-    @all_configs
+    @deep_configs
     def test_selecting_everything_is_dense_attention(self, config):
         config = dataclasses.replace(config, top_k=48)
         params, tokens = random_model(config), random_tokens(config, 48)
@@ -315,7 +318,7 @@ class TestModel:
         np.testing.assert_array_equal(indices, sets)
         np.testing.assert_allclose(actual, expected, rtol=1e-3, atol=2e-4)
 
-    @all_configs
+    @deep_configs
     def test_packed_sequences_do_not_see_each_other(self, config):
         """Three sequences and padding in one buffer, told apart by row windows alone."""
         params, tokens = random_model(config), random_tokens(config, 48)
@@ -330,7 +333,7 @@ class TestModel:
             np.testing.assert_array_equal(sets[:, rows], own)
             np.testing.assert_allclose(packed[rows], expected, rtol=1e-3, atol=2e-4)
 
-    @all_configs
+    @deep_configs
     def test_decode_continues_a_packed_prefill(self, config):
         params, tokens = random_model(config), random_tokens(config, 2, 48)
         positions = np.concatenate([np.arange(24), np.arange(24)])
@@ -351,7 +354,7 @@ class TestModel:
                 np.testing.assert_array_equal(indices, sets[:, length:])
                 np.testing.assert_allclose(actual, expected[length:], rtol=1e-3, atol=2e-4)
 
-    @all_configs
+    @deep_configs
     def test_rejected_tokens_leave_no_trace(self, config):
         """Speculate three tokens, reject two, go on: as if they had never been there."""
         params, tokens = random_model(config), random_tokens(config, 40)
@@ -362,7 +365,7 @@ class TestModel:
         actual, _, _ = decode(params, config, tokens[19:40], 19, 3, xla, caches)
         np.testing.assert_allclose(actual, expected[19:40], rtol=1e-3, atol=2e-4)
 
-    @all_configs
+    @deep_configs
     def test_ragged_batch(self, config):
         """Streams that are empty, shorter than a step, and long, side by side in one batch."""
         params = random_model(config)

@@ -16,9 +16,7 @@ from examples.sparse_attention.config import CONFIGS
 SMALL = ["--batch", "2", "--input-len", "70", "--output-len", "3", "--waves", "2"]
 
 
-@pytest.mark.parametrize(
-    "implementation", ["auto", "cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
-)
+@pytest.mark.parametrize("implementation", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 def test_serves_and_writes_results(implementation, tmp_path, capsys):
     pytest.importorskip("matplotlib", reason="the plot needs the 'examples' extra")
     result, picture = tmp_path / "serve.json", tmp_path / "serve.png"

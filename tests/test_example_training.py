@@ -91,14 +91,13 @@ class TestBlock:
             return [jax.tree.map(lambda leaf: leaf[i], both) for i in range(2)]  # noqa: B023
 
         unused = {"attention_norm", "ffn_norm", "ffn_gate", "ffn_up", "ffn_down"}
-        for read in (training.read_all, training.read_selected(xla)):
-            task, imitation = gradients(layer, w_x, read)
-            for name in layer.keys() - unused:
-                is_indexer = name.startswith("index_")
-                assert bool(jnp.any(task[0][name] != 0)) != is_indexer, name
-                assert bool(jnp.any(imitation[0][name] != 0)) == is_indexer, name
-            assert jnp.any(task[1] != 0)
-            assert not jnp.any(imitation[1] != 0)
+        task, imitation = gradients(layer, w_x, training.read_selected(xla))
+        for name in layer.keys() - unused:
+            is_indexer = name.startswith("index_")
+            assert bool(jnp.any(task[0][name] != 0)) != is_indexer, name
+            assert bool(jnp.any(imitation[0][name] != 0)) == is_indexer, name
+        assert jnp.any(task[1] != 0)
+        assert not jnp.any(imitation[1] != 0)
 
     def test_divergence(self):
         target = jnp.array([[0.5, 0.25, 0.25, 0.0]])
@@ -198,8 +197,10 @@ class TestText:
         tokens = jnp.asarray(text.split_corpus()[1][:41].astype(np.int32))
         losses_of = jax.jit(text.sequence_losses, static_argnames=("config", "read"))
         dense, _ = losses_of(params, config, tokens, training.read_all)
-        for name, read in text.reading_ways("xla", seed=0).items():
-            losses, _ = losses_of(params, config, tokens, read)
+        ways = text.reading_ways("xla", seed=0)
+        assert ways.keys() == {"DSA", "recency", "random", "oracle"}
+        for name in ("DSA", "oracle"):
+            losses, _ = losses_of(params, config, tokens, ways[name])
             np.testing.assert_allclose(losses, dense, rtol=1e-4, err_msg=name)
         prefill = jax.jit(model.prefill, static_argnames=("config", "select"))
         logits, _, _ = prefill(params, config, tokens[:-1], jnp.arange(40), None)

@@ -9,6 +9,7 @@ taken over by `jax_topk.install()`.
 from __future__ import annotations
 
 import functools
+import os
 
 import inputs
 import jax
@@ -21,7 +22,9 @@ from runners import assert_same
 
 import jax_topk
 from jax_topk.bench import oracle
+from jax_topk.install import is_installed
 
+INSTALLED = os.environ.get("JAX_TOPK_TEST_INSTALLED", "0") == "1"
 SHAPES = [(20,), (5, 20), (2000,), (3, 4, 5), (1, 1), (2, 1, 7)]
 FLOATS = [jnp.float32, jnp.bfloat16, jnp.float16]
 INTEGERS = [np.int8, np.int16, np.int32, np.uint8, np.uint16, np.uint32]
@@ -55,8 +58,15 @@ def check_equal(top_k, x, k, axis=-1) -> None:
 
 @pytest.fixture
 def top_k(runner):
+    """The function under test: ours, or that of JAX while ours is installed under it."""
     with jax.default_device(runner.device):
-        yield functools.partial(jax_topk.top_k, implementation=runner.implementation)
+        if not INSTALLED:
+            yield functools.partial(jax_topk.top_k, implementation=runner.implementation)
+        elif runner.implementation == "xla":
+            pytest.skip("the installed lowering is that of the kernels")
+        else:
+            assert is_installed()
+            yield lax.top_k
 
 
 def served(runner, dtype) -> None:
@@ -171,7 +181,8 @@ def test_keyword_names_are_those_of_lax(top_k):
     for function in (top_k, lax.top_k):
         _, indices = function(operand=x, k=2, axis=0)
         assert indices.tolist() == [5, 4]
-    check_equal(functools.partial(top_k, is_stable=False), np.zeros((2, 5), np.float32), 2)
+    if not INSTALLED:
+        check_equal(functools.partial(top_k, is_stable=False), np.zeros((2, 5), np.float32), 2)
 
 
 # --- lax_vmap_test.py -----------------------------------------------------------------------------

@@ -154,9 +154,12 @@ def init_cache(config: Config, width: int, ring: int | None = None) -> Cache:
 
 def init_caches(config: Config, width: int, batch: int) -> list[Cache]:
     """Empty caches of `width` positions for every layer, with a leading axis of `batch`."""
-    cache = init_cache(config, width)
-    batched = jax.tree.map(lambda leaf: jnp.broadcast_to(leaf, (batch, *leaf.shape)), cache)
-    return [batched] * config.num_layers
+
+    def batched() -> Cache:
+        cache = init_cache(config, width)
+        return jax.tree.map(lambda leaf: jnp.broadcast_to(leaf, (batch, *leaf.shape)), cache)
+
+    return [batched() for _ in range(config.num_layers)]
 
 
 # --------------------------------------------------------------------------------------- indexer
@@ -275,9 +278,13 @@ def finish_index_key(
 
 
 def store(buffer: Array, slots: Array, rows: Array) -> Array:
-    """Writes `rows` `[R, ...]` at `slots` `[R]` of `buffer`; a slot outside of it is dropped."""
-    slots = jnp.where(slots < 0, buffer.shape[0], slots)  # jnp would count -1 from the end
-    return buffer.at[slots].set(rows.astype(buffer.dtype), mode="drop")
+    """Writes `rows` `[R, ...]` at `slots` `[R]` of `buffer`; a slot outside of it is dropped.
+
+    Slots are distinct, so the write needs no atomics.
+    """
+    # jnp would count -1 from the end; beyond the end, -1, -2, ... stay distinct and are dropped.
+    slots = jnp.where(slots < 0, buffer.shape[0] - 1 - slots, slots)
+    return buffer.at[slots].set(rows.astype(buffer.dtype), mode="drop", unique_indices=True)
 
 
 def compress(params: Params, config: Config, recent: Array) -> Array:
@@ -313,7 +320,7 @@ def write_cache(
     if config.compression > 1:
         c, ring = config.compression, recent.shape[0]
         rows = jnp.concatenate([projection, x @ params["gates"]], axis=-1)
-        recent = store(recent, jnp.where(slots < 0, -1, slots % ring), rows)
+        recent = store(recent, jnp.where(slots < 0, slots, slots % ring), rows)
         # Pool every group that the rows belong to. The last may be incomplete, and then holds
         # garbage until it is: it lies beyond the length of every row that exists.
         num_groups = (slots.shape[0] + c - 2) // c + 1

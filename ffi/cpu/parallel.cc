@@ -7,6 +7,7 @@
 #include <condition_variable>
 #include <memory>
 #include <mutex>
+#include <new>
 
 namespace jax_topk::cpu {
 namespace {
@@ -73,7 +74,11 @@ void RunTasks(Executor& executor, int64_t max_workers, int64_t num_tasks,
   }
   auto tasks = std::make_shared<SharedTasks>(num_tasks, task);
   for (int64_t worker = 1; worker < num_workers; ++worker) {
-    executor.Schedule([tasks, worker] { tasks->Work(worker); });
+    try {
+      executor.Schedule([tasks, worker] { tasks->Work(worker); });
+    } catch (const std::bad_alloc&) {
+      break;  // helpers may be at work already: leave only through Wait
+    }
   }
   tasks->Work(0);
   tasks->Wait();

@@ -1,4 +1,4 @@
-// The vector loops for x86-64 processors with AVX2, BMI1, BMI2, LZCNT and POPCNT (about 2013 on).
+// The vector loops for x86-64 processors with AVX2, BMI1, BMI2 and POPCNT (from 2013 on).
 
 #if defined(__x86_64__)
 

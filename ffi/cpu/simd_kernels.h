@@ -22,7 +22,7 @@
 namespace jax_topk::cpu {
 namespace {
 
-// ---- one bit per element of a block of 64: ((x ^ flip) > bound) --------------------------------
+// ---- one bit per element of a block of 64: ((x ^ flip) > bound) ------------------------------
 
 #if defined(__AVX2__)
 
@@ -153,13 +153,11 @@ uint64_t Above(const Bits* block, const Cut<Bits>& cut) {
 
 #endif
 
-// ---- scan
-// -----------------------------------------------------------------------------------------
+// ---- scan --------------------------------------------------------------------------------------
 
 // Writes base + i for every bit i of the mask, ascending, and returns how many.
 inline int64_t AppendBits(uint64_t mask, int32_t base, int32_t* out) {
-  // Four at a time whether or not they exist: a wrong guess of the branch costs more than four
-  // stores.
+  // Four at a time whether or not they exist: a mispredicted branch costs more than four stores.
   constexpr uint64_t kNotZero = uint64_t{1} << 63;  // keeps the count of zeros defined
   const int64_t num_bits = __builtin_popcountll(mask);
   for (int64_t written = 0; written < num_bits; written += 4) {
@@ -192,8 +190,7 @@ int64_t Scan(const Bits* row, int64_t begin, int64_t end, const Cut<Bits>& cut, 
   return begin;
 }
 
-// ---- maxima and ranks: vectors of the compiler, which any target has
-// ------------------------------
+// ---- maxima and ranks: vectors of the compiler, which any target has ---------------------------
 
 #if defined(__AVX2__)
 constexpr int kVectorLanes = 8;
@@ -205,8 +202,7 @@ constexpr int32_t kLaneNumbers[] = {0, 1, 2, 3};
 typedef Key KeyVector __attribute__((vector_size(4 * kVectorLanes)));
 typedef int32_t IntVector __attribute__((vector_size(4 * kVectorLanes)));
 
-// MakeKey of kVectorLanes elements. Not by value: how a wide vector is returned depends on the
-// flags.
+// MakeKey of kVectorLanes elements. Not returned: how a wide vector is returned depends on flags.
 template <typename Bits>
 inline void MakeKeys(const Bits* elements, Key order_mask, KeyVector* keys) {
   typedef Bits BitsVector __attribute__((vector_size(sizeof(Bits) * kVectorLanes)));
@@ -245,8 +241,7 @@ void Ranks(const Key* keys, int64_t size, int32_t* ranks) {
     IntVector mine;
     std::memcpy(&mine, ordered + base, sizeof(mine));
     IntVector rank = {};
-    // A comparison is -1 where it holds. Equal keys before this vector come first, those after it
-    // do not.
+    // A comparison is -1 where it holds. Equal keys come first if they are before this vector.
     for (int64_t j = 0; j < base; ++j) rank -= (ordered[j] >= mine);
     for (int32_t j = 0; j < kVectorLanes; ++j) {
       const int32_t other = ordered[base + j];

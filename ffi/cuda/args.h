@@ -47,7 +47,7 @@ inline TopKArgs MakeArgs(const Problem& problem, const LaunchPlan& plan, bool is
   args.part_vectors = static_cast<int32_t>(
       AlignUp(plan.part_elements * ElementBytes(problem.dtype), kVectorBytes) / kVectorBytes);
   args.list_capacity = plan.list_capacity;
-  args.layout = MakeSmemLayout(plan.num_stages, plan.list_capacity, problem.k);
+  args.layout = MakeSmemLayout(plan.cluster_size, plan.num_stages, plan.list_capacity, problem.k);
   return args;
 }
 

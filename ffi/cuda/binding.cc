@@ -70,8 +70,10 @@ ffi::Error Run(cudaStream_t stream, ffi::AnyBuffer operand, ffi::Buffer<ffi::S32
   if (!StartsWithBatch(indices.dimensions(), batch, 1)) {
     return Invalid("indices must have the shape of operand with its last axis replaced by k");
   }
-  if (values != nullptr && (values->element_type() != operand.element_type() ||
-                            values->dimensions() != indices.dimensions())) {
+  if (values != nullptr &&
+      (values->element_type() != operand.element_type() ||
+       !StartsWithBatch(values->dimensions(), batch, 1) ||
+       values->dimensions()[batch.size()] != indices.dimensions()[batch.size()])) {
     return Invalid("values must have the element type of operand and the shape of indices");
   }
   problem.rows = 1;
@@ -135,28 +137,33 @@ Pointer DevicePointer(uint64_t address) {
   return reinterpret_cast<Pointer>(static_cast<uintptr_t>(address));
 }
 
-std::vector<double> GraphChain(const std::string& kind, uint64_t operand, uint64_t starts,
+std::vector<double> GraphChain(const std::string& kind, const std::vector<uint64_t>& operands,
+                               uint64_t starts,
                                uint64_t lengths, uint64_t values, uint64_t indices, int64_t rows,
                                int64_t width, int64_t k, const std::string& dtype, bool smallest,
                                bool sorted, const std::string& plan, int launches, int replays,
                                int device) {
-  if (launches < 1 || replays < 1) {
-    throw nb::value_error("launches and replays must be at least 1");
+  if (launches < 1 || replays < 1 || operands.empty()) {
+    throw nb::value_error("launches, replays and the number of operands must be at least 1");
   }
   const Problem problem{rows, width, k, ParseDTypeOrThrow(dtype), sorted};
-  const TopKBuffers buffers{DevicePointer<const void*>(operand),
-                            DevicePointer<const int32_t*>(starts),
-                            DevicePointer<const int32_t*>(lengths), DevicePointer<void*>(values),
-                            DevicePointer<int32_t*>(indices)};
+  const auto buffers = [&](int index) {
+    return TopKBuffers{DevicePointer<const void*>(operands[index % operands.size()]),
+                       DevicePointer<const int32_t*>(starts),
+                       DevicePointer<const int32_t*>(lengths), DevicePointer<void*>(values),
+                       DevicePointer<int32_t*>(indices)};
+  };
   Launch launch;
   if (kind == "top_k") {
-    launch = [&](cudaStream_t stream) {
-      return LaunchTopK(problem, smallest, plan, buffers, stream);
+    launch = [&](int index, cudaStream_t stream) {
+      return LaunchTopK(problem, smallest, plan, buffers(index), stream);
     };
   } else if (kind == "empty") {
-    launch = [](cudaStream_t stream) { return LaunchEmpty(stream); };
+    launch = [](int, cudaStream_t stream) { return LaunchEmpty(stream); };
   } else if (kind == "read") {
-    launch = [&](cudaStream_t stream) { return LaunchRead(problem, buffers, stream); };
+    launch = [&](int index, cudaStream_t stream) {
+      return LaunchRead(problem, buffers(index), stream);
+    };
   } else {
     throw nb::value_error(("kind '" + kind + "' is not one of top_k, empty, read").c_str());
   }
@@ -219,13 +226,28 @@ NB_MODULE(_cuda, module) {
              "What the planner uses of a device. Raises RuntimeError without a driver or GPU.");
   module.def("driver_version", &DriverVersion,
              "The CUDA version of the driver, 13000 for 13.0; 0 where there is none.");
-  module.def("graph_chain", &GraphChain, nb::arg("kind"), nb::arg("operand"), nb::arg("starts"),
-             nb::arg("lengths"), nb::arg("values"), nb::arg("indices"), nb::arg("rows"),
-             nb::arg("width"), nb::arg("k"), nb::arg("dtype"), nb::arg("smallest"),
-             nb::arg("sorted"), nb::arg("plan"), nb::arg("launches"), nb::arg("replays"),
-             nb::arg("device"),
-             "Microseconds per launch for each replay of one CUDA graph of `launches` launches.\n\n"
-             "Buffers are device addresses; 0 stands for no values. kind: top_k, empty or read.");
+  module.def(
+      "graph_chain",
+      [](const std::string& kind, nb::object operand, uint64_t starts, uint64_t lengths,
+         uint64_t values, uint64_t indices, int64_t rows, int64_t width, int64_t k,
+         const std::string& dtype, bool smallest, bool sorted, const std::string& plan, int launches,
+         int replays, int device) {
+        std::vector<uint64_t> operands;
+        if (nb::isinstance<nb::int_>(operand)) {
+          operands.push_back(nb::cast<uint64_t>(operand));
+        } else {
+          operands = nb::cast<std::vector<uint64_t>>(operand);
+        }
+        return GraphChain(kind, operands, starts, lengths, values, indices, rows, width, k, dtype,
+                          smallest, sorted, plan, launches, replays, device);
+      },
+      nb::arg("kind"), nb::arg("operand"), nb::arg("starts"), nb::arg("lengths"), nb::arg("values"),
+      nb::arg("indices"), nb::arg("rows"), nb::arg("width"), nb::arg("k"), nb::arg("dtype"),
+      nb::arg("smallest"), nb::arg("sorted"), nb::arg("plan"), nb::arg("launches"),
+      nb::arg("replays"), nb::arg("device"),
+      "Microseconds per launch for each replay of one CUDA graph of `launches` launches.\n\n"
+      "Buffers are device addresses; 0 stands for no values. `operand` is one address, or a list of\n"
+      "them that the launches take in turn. kind: top_k, empty or read.");
 }
 
 }  // namespace jax_topk

@@ -25,8 +25,8 @@ namespace jax_topk {
 
 struct FilterGoal {
   Bracket bracket;
-  uint32_t k;
-  uint32_t capacity;  // of the list, and of the collected keys
+  uint32_t tie_limit;  // most open elements that are listed if the bracket is a single key
+  uint32_t capacity;   // of the list, and of the collected keys
   uint32_t flip;
 };
 
@@ -90,7 +90,7 @@ __device__ __forceinline__ uint32_t DropLastBits(uint32_t bits, uint32_t count) 
 
 // The streamed part's list so far. `listed` differs from certain + open where the bracket is a
 // single key: its open elements are ties, of which the lowest positions win, so that only the first
-// k of this CTA are listed and a plateau of equal values never overflows.
+// `tie_limit` of this CTA are listed and a plateau of equal values does not overflow.
 struct ListState {
   PartCounts counts;
   uint32_t listed;
@@ -106,7 +106,7 @@ __device__ __forceinline__ void FilterTile(Cta& cta, const Run& run, const Filte
   const uint32_t num_certain = __popc(masks.certain);
   const uint32_t num_open = __popc(masks.open);
   const Scan scan = BlockScan(cta, num_certain | num_open << 16);
-  const uint32_t open_limit = goal.bracket.IsSingleKey() ? goal.k : 0xffffffffu;
+  const uint32_t open_limit = goal.bracket.IsSingleKey() ? goal.tie_limit : 0xffffffffu;
   const uint32_t certain_before = state->counts.certain + (scan.before & 0xffffu);
   const uint32_t open_before = state->counts.open + (scan.before >> 16);
   uint32_t place = certain_before + min(open_before, open_limit);

@@ -156,17 +156,18 @@ __device__ __forceinline__ Bracket GuessBracket(Cta& cta, const TopKArgs& args, 
   return estimate.bracket;
 }
 
-// Whether exact counts prove that the bracket holds the k-th key and that what is open fits.
-__device__ __forceinline__ bool IsProved(const Bracket& bracket, const RowCounts& row, const TopKArgs& args) {
-  const uint32_t k = static_cast<uint32_t>(args.k);
-  return row.certain < k && k <= row.certain + row.open &&
-         (bracket.IsSingleKey() ||
-          row.certain + row.open <= static_cast<uint32_t>(args.list_capacity));
+// Whether exact counts prove that the bracket holds the k-th key and that what is kept of it fits:
+// its open elements, or `tie_limit` of them if it is a single key.
+__device__ __forceinline__ bool IsProved(const Bracket& bracket, const RowCounts& row, uint32_t k,
+                                         uint32_t capacity, uint32_t tie_limit) {
+  const uint32_t kept = bracket.IsSingleKey() ? min(row.open, tie_limit) : row.open;
+  return row.certain < k && k <= row.certain + row.open && row.certain + kept <= capacity;
 }
 
-// Narrowed brackets are right: a further failure means that the operand changed meanwhile.
-__device__ __forceinline__ bool IsLastAttempt(const TopKArgs& args, uint32_t attempt) {
-  return attempt == 1 || args.path == static_cast<int>(Path::kExact);
+// Whether a bracket that counts have refuted can be narrowed: a guess, once. A narrowed bracket is
+// right; if counts refute it all the same, the operand has changed meanwhile.
+__device__ __forceinline__ bool CanNarrow(const TopKArgs& args, uint32_t attempt) {
+  return attempt == 0 && args.path != static_cast<int>(Path::kExact);
 }
 
 // A row of which every CTA's part fits one tile: it is read once and stays in shared memory.
@@ -197,7 +198,8 @@ __device__ __forceinline__ void SelectResidentRow(Cta& cta, const TopKArgs& args
     const uint32_t packed = cta.header->packed_counts;
     counts = PartCounts{packed & 0xffffu, packed >> 16};
     row = ExchangeCounts(cta, counts, attempt);
-    if (!Unlikely(!IsProved(bracket, row, args)) || IsLastAttempt(args, attempt)) break;
+    // The ties of a single key are counted, not kept.
+    if (!Unlikely(!IsProved(bracket, row, k, capacity, 0)) || !CanNarrow(args, attempt)) break;
     bracket = NarrowBracket<T>(cta, window, part, output.flip, k, capacity - k,
                                LearnFromFailure<T>(bracket, row, k, window.length));
     SyncThreads();  // the last reads of the counters before their reset
@@ -224,15 +226,23 @@ __device__ __forceinline__ void SelectStreamedRow(Cta& cta, const TopKArgs& args
   const uint32_t capacity = static_cast<uint32_t>(args.list_capacity);
   ListState state;
   RowCounts row;
+  uint32_t tie_limit = k;
 #pragma unroll 1
   for (uint32_t attempt = 0;; ++attempt) {
     state = FilterStream<T>(cta, window, part, args.num_stages,
-                            FilterGoal{bracket, k, capacity, output.flip});
-    row = ExchangeCounts(cta, state.counts, attempt);
-    if (!Unlikely(!IsProved(bracket, row, args)) || IsLastAttempt(args, attempt)) break;
+                            FilterGoal{bracket, tie_limit, capacity, output.flip});
+    row = ExchangeCounts(cta, state.counts, attempt & 1);
+    if (!Unlikely(!IsProved(bracket, row, k, capacity, tie_limit))) break;
+    if (tie_limit == k && IsProved(bracket, row, k, capacity, k - row.certain)) {
+      // The list is short of room for k ties of a single key, but fewer are wanted.
+      tie_limit = k - row.certain;
+    } else if (CanNarrow(args, attempt)) {
+      bracket = NarrowBracket<T>(cta, window, part, output.flip, k, capacity - k,
+                                 LearnFromFailure<T>(bracket, row, k, window.length));
+    } else {
+      break;
+    }
     StartStream<T>(cta, window, part, args.num_stages);
-    bracket = NarrowBracket<T>(cta, window, part, output.flip, k, capacity - k,
-                               LearnFromFailure<T>(bracket, row, k, window.length));
   }
   if (!bracket.IsSingleKey()) {
     ExtractOpenKeys(cta, state.listed, bracket.highest);

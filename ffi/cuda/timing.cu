@@ -91,7 +91,7 @@ std::string TimeGraphChain(const Launch& launch, int num_launches, int num_repla
   error = cudaStreamBeginCapture(session.stream, cudaStreamCaptureModeThreadLocal);
   if (error != cudaSuccess) return Describe("starting the capture", error);
   std::string failure;
-  for (int i = 0; i < num_launches && failure.empty(); ++i) failure = launch(session.stream);
+  for (int i = 0; i < num_launches && failure.empty(); ++i) failure = launch(i, session.stream);
   error = cudaStreamEndCapture(session.stream, &session.graph);
   if (!failure.empty()) return failure;
   if (error != cudaSuccess) return Describe("ending the capture", error);

@@ -13,8 +13,8 @@
 
 namespace jax_topk {
 
-// Enqueues one launch on a stream; returns an empty string or a sentence.
-using Launch = std::function<std::string(cudaStream_t)>;
+// Enqueues launch `index` of a chain on a stream; returns an empty string or a sentence.
+using Launch = std::function<std::string(int index, cudaStream_t stream)>;
 
 // An empty kernel: what a graph node costs.
 std::string LaunchEmpty(cudaStream_t stream);

@@ -245,7 +245,7 @@ double Median(std::vector<double> samples) {
 
 double TimeCase(const Options& options, const TopKBuffers& buffers) {
   std::vector<double> samples;
-  const Launch launch = [&](cudaStream_t stream) {
+  const Launch launch = [&](int, cudaStream_t stream) {
     return LaunchTopK(options.problem, options.is_smallest, options.plan, buffers, stream);
   };
   Check(TimeGraphChain(launch, 20, 50, &samples));

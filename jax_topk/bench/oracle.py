@@ -76,13 +76,13 @@ def worst_value(dtype: np.dtype, smallest: bool = False) -> np.ndarray:
     if dtype.kind == "b":
         return np.array(smallest, dtype)
     if _is_float(dtype):
-        info = ml_dtypes.finfo(dtype)
+        float_info = ml_dtypes.finfo(dtype)
         infinity = np.array(math.inf if smallest else -math.inf, np.float32)
         with np.errstate(all="ignore"):
             cast = infinity.astype(dtype)
         if "e8m0" not in dtype.name and np.isinf(cast.astype(np.float64)):
             return cast
-        return np.array(info.max if smallest else info.min, dtype)
+        return np.array(float_info.max if smallest else float_info.min, dtype)
     info = ml_dtypes.iinfo(dtype)
     return np.array(info.max if smallest else info.min, dtype)
 

@@ -1,4 +1,4 @@
-"""Runs the CUDA kernel's own code on the CPU, one fiber per GPU thread (see `ptx.cuh`)."""
+"""Runs the CUDA kernel's own code on the CPU, one fiber per GPU thread (see `emulated/ptx.cuh`)."""
 
 import ctypes
 import pathlib
@@ -6,7 +6,7 @@ import subprocess
 
 import numpy as np
 
-_FOLDER = pathlib.Path(__file__).parent
+_FOLDER = pathlib.Path(__file__).parent / "emulated"
 _DTYPES = {"float32": 0, "bfloat16": 1, "float16": 2}
 _GUARD = 64  # elements before and after each output that must stay untouched
 
@@ -24,7 +24,7 @@ def build(folder: pathlib.Path, *flags: str) -> ctypes.CDLL:
   subprocess.run(
     ["g++", "-std=c++17", "-O2", "-g", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas"]
     + ["-fPIC", "-shared", *flags, "-o", str(library)]
-    + [str(_FOLDER / "emulate.cc"), str(_FOLDER.parent.parent / "ffi" / "plan.cc")],
+    + [str(_FOLDER / "emulate.cc"), str(_FOLDER.parents[1] / "ffi" / "plan.cc")],
     check=True,
   )
   return ctypes.CDLL(str(library))

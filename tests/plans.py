@@ -1,0 +1,43 @@
+"""The overrides of the CUDA launch plan that tests force, in one place (`ffi/plan.h` defines them).
+
+Every plan must give the same bits. Small values of `candidates` make lists overflow with a few
+hundred elements, `part` sets from which length on a row is shared by several CTAs, and `stages` how
+many tiles are in flight while a row is streamed.
+"""
+
+PATHS = ("path=short", "path=sample", "path=exact")
+CLUSTERS = tuple(f"cluster={size}" for size in (1, 2, 4, 8, 16))
+
+PLANS = (
+    "",
+    *PATHS,
+    *CLUSTERS,
+    "candidates=4",
+    "candidates=64",
+    "part=1",
+    "part=100000",
+    "stages=2",
+    "stages=4",
+    "path=exact,cluster=8",
+    "path=exact,cluster=3",
+    "path=exact,cluster=1,stages=4",
+    "path=sample,cluster=1",
+    "path=sample,cluster=16,part=64",
+    "path=sample,cluster=4,candidates=64",
+)
+
+ILLEGAL = {
+    "path=fast": "path is one of auto, short, sample, exact",
+    "cluster=17": "cluster is between 1 and 16",
+    "cluster=0": "cluster is between 1 and 16",
+    "candidates=3": "candidates is at least 4",
+    "stages=3": "stages is 2 or 4",
+    "speed=9": "the names are path, cluster, candidates, part, stages",
+    "path": "write name=value",
+    "cluster=two": "the value must be an integer",
+    "path=exact,": "ends in a comma",
+}
+
+# Lengths at which the kernel may change its way: the window that is copied (k, added by the tests),
+# one tile of 512 threads x 3 vectors, two tiles, the share of a CTA, and multiples of both.
+BOUNDARIES = (1, 512, 1024, 2048, 3072, 4096, 6144, 8192, 12288, 16384, 24576, 32768)

@@ -1,0 +1,158 @@
+"""The CUDA kernel's own code, run on the CPU thread by thread: exact on every input, on any machine.
+
+Races and memory ordering need a GPU (tests/test_cuda.py and compute-sanitizer); everything else that
+can go wrong in the kernel fails here, without one: wrong order, lost candidates, deadlocks, reads and
+writes out of bounds, stale shared memory.
+"""
+
+from __future__ import annotations
+
+import ctypes
+
+import emulation
+import inputs
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jax_topk.bench import oracle
+
+DTYPES = [np.float32, jnp.bfloat16, np.float16]
+PLANS = [
+    "",
+    "path=exact",
+    "path=sample",
+    "path=sample,cluster=16,part=300",
+    "path=exact,cluster=5,part=100",
+    "candidates=64",
+    "cluster=1,stages=2",
+]
+# The largest rows of one tile: 512 threads with 1, 2, 3 and 5 vectors of 16 bytes each.
+TILES = [2048, 4096, 6144, 10240]
+
+
+@pytest.fixture(scope="module")
+def library(tmp_path_factory) -> ctypes.CDLL:
+    return emulation.build(tmp_path_factory.mktemp("emulation"))
+
+
+def check(library, x, k, starts=None, lengths=None, *, smallest=False, is_sorted=False, **keywords):
+    rows, width = x.shape
+    starts = np.zeros(rows, np.int32) if starts is None else starts
+    lengths = np.full(rows, width, np.int32) if lengths is None else lengths
+    values, indices = emulation.top_k(
+        library, x, k, starts, lengths, smallest=smallest, sorted=is_sorted, **keywords
+    )
+    expected_values, expected_indices = oracle.top_k(x, k, starts, lengths, smallest, is_sorted)
+    np.testing.assert_array_equal(indices, expected_indices)
+    if values is not None:
+        assert values.tobytes() == expected_values.tobytes()
+
+
+@pytest.mark.parametrize("plan", PLANS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: np.dtype(dtype).name)
+def test_hostile_rows(library, dtype, plan):
+    # Every plan meets every generator with one dtype, and every dtype every generator.
+    seed = PLANS.index(plan)
+    rng = np.random.default_rng(seed)
+    for generator in inputs.GENERATORS[(seed + DTYPES.index(dtype)) % 3 :: 3]:
+        width = int(rng.choice([300, 2500, 4100, 13000]))
+        x = inputs.cast(generator(rng, width), dtype)[None]
+        k = min(int(rng.choice([1, 33, 256, 2048])), width)
+        starts, lengths = inputs.windows_of(1, width, seed=int(rng.integers(1 << 30)))
+        if rng.integers(2):
+            starts, lengths = None, None
+        check(
+            library, x, k, starts, lengths,
+            smallest=bool(rng.integers(2)), is_sorted=bool(rng.integers(2)), plan=plan,
+            seed=int(rng.integers(1 << 30)),
+        )  # fmt: skip
+
+
+@pytest.mark.parametrize("k", [1, 64, 2048])
+def test_lengths_at_every_boundary(library, k):
+    boundaries = {0, 1, k, *TILES}
+    lengths = sorted({b + d for b in boundaries for d in (-1, 0, 1)} | {2**31 - 1, -(2**31)})
+    rng = np.random.default_rng(k)
+    x = np.full((len(lengths), 10300), np.nan, np.float32)
+    for row, length in enumerate(lengths):
+        x[row, : max(0, length)] = rng.normal(size=min(max(0, length), x.shape[1]))
+    check(library, x, k, lengths=np.array(lengths, np.int32), plan="cluster=2")
+
+
+@pytest.mark.parametrize("elements", [512 * 4 * 2 * 5, 512 * 4 * 2 * 5 + 1, 512 * 4 * 3 * 3 + 7])
+def test_parts_at_the_border_between_resident_and_streamed(library, elements):
+    x = np.random.default_rng(elements).normal(size=(1, elements)).astype(np.float32)
+    check(library, x, 700, plan="cluster=2")
+    check(library, x, 700, plan="cluster=1", is_sorted=True)
+
+
+@pytest.mark.parametrize("offset", [1, 2, 3, 5])
+@pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: np.dtype(dtype).name)
+def test_rows_off_vector_boundaries(library, dtype, offset):
+    """Odd widths and an operand at an odd address: vectors begin before and end after rows."""
+    rng = np.random.default_rng(offset)
+    rows, width = 3, 2999
+    buffer = inputs.cast(rng.normal(size=rows * width + offset), dtype)
+    x = buffer[offset:].reshape(rows, width)
+    starts = np.array([0, 1, 3], np.int32)
+    check(library, x, 50, starts, np.full(rows, width, np.int32), plan="path=sample,cluster=3,part=64")
+
+
+def test_ties_spread_over_ctas(library):
+    """The wanted ties end inside a middle CTA; everything before it takes all of its own."""
+    rng = np.random.default_rng(0)
+    x = rng.choice([0.0, 1.0], size=(1, 9000), p=[0.7, 0.3]).astype(np.float32)
+    for k in (1, 500, 1350, 2600):
+        check(library, x, k, plan="path=sample,cluster=8,part=500")
+        check(library, x, k, plan="path=exact,cluster=8,part=500", is_sorted=True)
+
+
+def test_lowest_key_competes_with_padding(library):
+    """-NaN with all bits set has key 0, the value that pads exchanged candidates."""
+    rng = np.random.default_rng(1)
+    x = rng.normal(size=(1, 5000)).astype(np.float32)
+    x.view(np.uint32)[0, rng.permutation(5000)[:2500]] = 0xFFFFFFFF
+    for k in (2400, 2600, 4096):
+        check(library, x, k, plan="path=sample,cluster=7,part=300")
+
+
+def test_interleaved_scheduling_changes_nothing(library):
+    x = inputs.cast(np.random.default_rng(3).normal(size=6000), np.float32)[None]
+    results = [
+        emulation.top_k(
+            library, x, 512, np.zeros(1), np.full(1, 6000), plan="path=sample,cluster=4", seed=seed
+        )[1].tobytes()
+        for seed in range(4)
+    ]
+    assert len(set(results)) == 1
+
+
+def test_plateau_in_a_list_without_room_for_k_ties(library):
+    """Streamed ties beyond the list's capacity: counted first, then listed as far as wanted."""
+    rng = np.random.default_rng(4)
+    x = rng.choice([0.0, 1.0], size=(1, 30000), p=[0.99, 0.01]).astype(np.float32)
+    for plan in ("cluster=1,candidates=64", "cluster=2,candidates=4", "path=exact,candidates=4"):
+        check(library, x, 2000, plan=plan)
+
+
+@pytest.mark.parametrize("smem", [101_376, 166_912])
+def test_devices_without_clusters(library, smem):
+    """sm_80 and sm_120: one CTA per row and less shared memory."""
+    limits = {
+        "num_sms": 84,
+        "smem_per_block_bytes": smem,
+        "smem_per_sm_bytes": smem + 1024,
+        "max_cluster_size": 1,
+    }
+    x = np.random.default_rng(5).normal(size=(1, 20011)).astype(np.float32)
+    check(library, x, 2048, limits=limits)
+    check(library, x, 4096, limits=limits, is_sorted=True)
+
+
+def test_refuses_what_it_cannot_plan(library):
+    x = np.zeros((1, 5000), np.float32)
+    with pytest.raises(RuntimeError, match="k=5000 exceeds 4096"):
+        emulation.top_k(library, x, 5000, np.zeros(1), np.zeros(1))
+    with pytest.raises(RuntimeError, match="plan override 'path=fast' is not valid"):
+        emulation.top_k(library, x, 5, np.zeros(1), np.zeros(1), plan="path=fast")
