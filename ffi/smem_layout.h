@@ -19,27 +19,37 @@
 
 namespace jax_topk {
 
-// Threads of one CTA. 512 halve the cost of a block barrier and of every instruction that all
-// threads execute against 1024 (23 ns and 4 cycles), and two such CTAs share an SM.
-inline constexpr int kThreads = 512;
+// Threads of one CTA. What all threads execute alike costs an SM half a cycle per warp and integer
+// instruction, and that is most of a short row; fewer threads no longer hide the latencies.
+#ifndef JAX_TOPK_THREADS
+#define JAX_TOPK_THREADS 384
+#endif
+inline constexpr int kThreads = JAX_TOPK_THREADS;
 inline constexpr int kWarps = kThreads / 32;
 inline constexpr int kVectorBytes = 16;  // one cp.async, one LDS.128
 inline constexpr int kMaxClusterSize = 16;
 
-// Bins of a histogram; four per thread, so that one LDS.128 reads a thread's share.
-inline constexpr int kBins = 4 * kThreads;
+// Bins of a histogram, eight for each of the threads that search it.
+inline constexpr int kBins = 2048;
+inline constexpr int kBinsPerThread = 8;
+inline constexpr int kBinThreads = kBins / kBinsPerThread;
 
 // The largest k that the kernel serves. Bounded by the shared memory of the list.
 inline constexpr int kMaxK = 4096;
 
-// Vectors that one thread owns in a streamed tile. Odd, so that eight neighbouring threads that
-// read their own vectors touch all 32 banks once.
-inline constexpr int kStreamVectors = 3;
+// Vectors that one thread owns in a streamed tile, and at most in a tile that holds a whole part.
+// Odd, so that eight neighbouring threads that read their own vectors touch all 32 banks once; at
+// most 32 elements, one bit each.
+inline constexpr int kStreamVectors = kThreads <= 256 ? 5 : 3;
+inline constexpr int kMaxVectors = kThreads <= 384 ? 7 : 5;
+inline constexpr int64_t kMaxTileBytes = int64_t{kThreads} * kMaxVectors * kVectorBytes;
 
 // Room for the segments of a histogram that a CTA sums for its cluster: kBins / 4 vectors, rounded
 // up by at most one vector per CTA. Area B also carries these segments and their totals.
-inline constexpr int kClusterSegmentVectors = kThreads + kMaxClusterSize;
-inline constexpr int64_t kSumBytes = (kClusterSegmentVectors + kThreads) * int64_t{kVectorBytes};
+inline constexpr int kBinVectors = kBins / 4;
+inline constexpr int kClusterSegmentVectors = kBinVectors + kMaxClusterSize;
+inline constexpr int64_t kSumBytes =
+    (kClusterSegmentVectors + kBinVectors) * int64_t{kVectorBytes};
 
 inline constexpr int64_t kHeaderBytes = 2048;
 // One spare bin, in a vector of its own, takes what does not count.
@@ -53,7 +63,7 @@ constexpr int64_t NextPowerOfTwo(int64_t value) {
   return power;
 }
 
-// The ring of tiles while a row is streamed. Two stages also hold the largest single tile.
+// The ring of tiles while a row is streamed.
 constexpr int64_t TileRingBytes(int num_stages) {
   return int64_t{num_stages} * kThreads * kStreamVectors * kVectorBytes;
 }
@@ -78,7 +88,7 @@ constexpr SmemLayout MakeSmemLayout(int cluster_size, int num_stages, int64_t li
   SmemLayout layout{};
   layout.bins = kHeaderBytes;
   layout.a = AlignUp(layout.bins + kBinsBytes, 128);
-  layout.b = layout.a + AlignUp(larger(TileRingBytes(num_stages), candidates_bytes), 128);
+  layout.b = layout.a + AlignUp(larger(larger(TileRingBytes(num_stages), kMaxTileBytes), candidates_bytes), 128);
   layout.own = gathered_bytes;
   layout.total_bytes =
       layout.b + AlignUp(larger(larger(list_capacity * 8, cluster_size == 1 ? 0 : kSumBytes), candidates_bytes), 128);

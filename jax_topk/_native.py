@@ -125,8 +125,8 @@ def incompatibility(
     if compiled[0] != running[0] or compiled[1] > running[1]:
         return (
             f"jax_topk.{module_name} was compiled for XLA FFI {as_text}, which jaxlib"
-            f" {jaxlib.version.__version__} (XLA FFI {'.'.join(map(str, running))}) does not accept;"
-            " upgrade jax and jaxlib, or rebuild jax_topk against this jaxlib:"
+            f" {jaxlib.version.__version__} (XLA FFI {'.'.join(map(str, running))}) does not"
+            " accept; upgrade jax and jaxlib, or rebuild jax_topk against this jaxlib:"
             " `pip install --no-build-isolation .`"
         )
     return None

@@ -27,8 +27,8 @@ PLANS = [
     "candidates=64",
     "cluster=1,stages=2",
 ]
-# The largest rows of one tile: 512 threads with 1, 2, 3 and 5 vectors of 16 bytes each.
-TILES = [2048, 4096, 6144, 10240]
+# Rows at which 384 threads begin to own another vector of four elements, up to the largest tile.
+TILES = [384 * 4 * vectors for vectors in (1, 2, 3, 4, 5, 6, 7)]
 
 
 @pytest.fixture(scope="module")
@@ -74,13 +74,13 @@ def test_lengths_at_every_boundary(library, k):
     boundaries = {0, 1, k, *TILES}
     lengths = sorted({b + d for b in boundaries for d in (-1, 0, 1)} | {2**31 - 1, -(2**31)})
     rng = np.random.default_rng(k)
-    x = np.full((len(lengths), 10300), np.nan, np.float32)
+    x = np.full((len(lengths), TILES[-1] + 60), np.nan, np.float32)
     for row, length in enumerate(lengths):
         x[row, : max(0, length)] = rng.normal(size=min(max(0, length), x.shape[1]))
     check(library, x, k, lengths=np.array(lengths, np.int32), plan="cluster=2")
 
 
-@pytest.mark.parametrize("elements", [512 * 4 * 2 * 5, 512 * 4 * 2 * 5 + 1, 512 * 4 * 3 * 3 + 7])
+@pytest.mark.parametrize("elements", [2 * TILES[-1], 2 * TILES[-1] + 1, 3 * TILES[-1] + 7])
 def test_parts_at_the_border_between_resident_and_streamed(library, elements):
     x = np.random.default_rng(elements).normal(size=(1, elements)).astype(np.float32)
     check(library, x, 700, plan="cluster=2")

@@ -126,7 +126,12 @@ __device__ __forceinline__ Scan BlockScan(Cta& cta, uint32_t value) {
 
 // Clears the histogram. The caller puts a barrier between this and the first count.
 __device__ __forceinline__ void ClearBins(const Cta& cta) {
-  reinterpret_cast<uint4*>(cta.bins)[cta.thread] = make_uint4(0, 0, 0, 0);
+#pragma unroll
+  for (int i = 0; i < kBinVectors; i += kThreads) {
+    if (i + cta.thread < kBinVectors) {
+      reinterpret_cast<uint4*>(cta.bins)[i + cta.thread] = make_uint4(0, 0, 0, 0);
+    }
+  }
 }
 
 // How a histogram's bins are ordered in memory.
@@ -144,28 +149,47 @@ __device__ __forceinline__ uint32_t FindRankBins(Cta& cta, BinOrder order, uint3
                                                  RankBin* second) {
   // Coarse bins from the top: positive steps downwards from the middle, then negative ones, which
   // continue downwards from the end. For the smallest, the other way round.
-  constexpr int kMiddle = kBins / 8;  // vectors
-  const int place = order == BinOrder::kFromTop      ? cta.thread
-                    : order == BinOrder::kRawLargest ? kMiddle - 1 - cta.thread
-                                                     : kMiddle + cta.thread;
-  uint4* own_bins = reinterpret_cast<uint4*>(cta.bins) + (place & (kBins / 4 - 1));
-  uint4 counts = *own_bins;
-  *own_bins = make_uint4(0, 0, 0, 0);
-  if (order == BinOrder::kRawLargest) counts = make_uint4(counts.w, counts.z, counts.y, counts.x);
-  const uint32_t sums[4] = {counts.x, counts.x + counts.y, counts.x + counts.y + counts.z,
-                            counts.x + counts.y + counts.z + counts.w};
-  const Scan scan = BlockScan(cta, sums[3]);
+  constexpr int kMiddle = kBinVectors / 2;
+  uint32_t counts[kBinsPerThread];
+  uint32_t sum = 0;
+#pragma unroll
+  for (int i = 0; i < kBinsPerThread / 4; ++i) {
+    const int from_top = kBinsPerThread / 4 * cta.thread + i;
+    const int place = order == BinOrder::kFromTop      ? from_top
+                      : order == BinOrder::kRawLargest ? kMiddle - 1 - from_top
+                                                       : kMiddle + from_top;
+    uint4 bins = make_uint4(0, 0, 0, 0);
+    if (kBinThreads == kThreads || cta.thread < kBinThreads) {
+      uint4* own_bins = reinterpret_cast<uint4*>(cta.bins) + (place & (kBinVectors - 1));
+      bins = *own_bins;
+      *own_bins = make_uint4(0, 0, 0, 0);
+    }
+    const bool is_reversed = order == BinOrder::kRawLargest;
+    counts[4 * i] = is_reversed ? bins.w : bins.x;
+    counts[4 * i + 1] = is_reversed ? bins.z : bins.y;
+    counts[4 * i + 2] = is_reversed ? bins.y : bins.z;
+    counts[4 * i + 3] = is_reversed ? bins.x : bins.w;
+    sum += bins.x + bins.y + bins.z + bins.w;
+  }
+  const Scan scan = BlockScan(cta, sum);
 #pragma unroll
   for (int i = 0; i < 2; ++i) {
     if (i == 1 && second_rank == first_rank) break;
     const uint32_t rank = max(min(i == 0 ? first_rank : second_rank, scan.total), 1u);
     const uint32_t inner = rank - 1 - scan.before;
-    if (inner < sums[3]) {  // unsigned: this thread's bins hold the rank
-      const uint32_t slot = (inner >= sums[0]) + (inner >= sums[1]) + (inner >= sums[2]);
-      const uint32_t upto = slot == 0 ? sums[0] : slot == 1 ? sums[1] : slot == 2 ? sums[2] : sums[3];
-      const uint32_t before = slot == 0 ? 0 : slot == 1 ? sums[0] : slot == 2 ? sums[1] : sums[2];
-      cta.header->found[i] = make_uint4(4 * static_cast<uint32_t>(cta.thread) + slot,
-                                        scan.before + before, upto - before, 0);
+    if (inner < sum) {  // unsigned: this thread's bins hold the rank
+      uint32_t before = 0, slot = 0, inside = counts[0];
+#pragma unroll
+      for (int j = 1; j < kBinsPerThread; ++j) {
+        if (inner >= before + inside) {
+          before += inside;
+          inside = counts[j];
+          slot = j;
+        }
+      }
+      cta.header->found[i] =
+          make_uint4(kBinsPerThread * static_cast<uint32_t>(cta.thread) + slot, scan.before + before,
+                     inside, 0);
     }
   }
   SyncThreads();  // the found bins before their reads; the cleared bins before the next counts

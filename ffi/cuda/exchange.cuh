@@ -98,11 +98,9 @@ __device__ __forceinline__ void GatherCandidates(Cta& cta, const PartCounts& min
 }
 
 // Replaces the histogram of every CTA by the sum over the row's CTAs: each sums one segment of the
-// bins and sends the sums to all. In: counts ordered by a barrier. Out:
-// each thread may read its own four bins without a barrier. Two exchanges.
+// bins and sends the sums to all. In: counts ordered by a barrier. Ends
+// in a barrier. Two exchanges.
 __device__ __forceinline__ void SumBins(Cta& cta, uint32_t parity) {
-  constexpr int kBinVectors = kBins / 4;
-  static_assert(kBinVectors == kThreads, "one vector of bins per thread");
   const int each = (kBinVectors + cta.num_active - 1) / cta.num_active;
   const int own_first = min(each * cta.rank, kBinVectors);
   const int own_count = min(own_first + each, kBinVectors) - own_first;
@@ -113,10 +111,12 @@ __device__ __forceinline__ void SumBins(Cta& cta, uint32_t parity) {
     BarrierExpect(&header->segments_barrier, cta.num_active * own_count * kVectorBytes);
     BarrierExpect(&header->totals_barrier, kBinVectors * kVectorBytes);
   }
-  const int owner = cta.thread / each;
-  SendAsync(RemoteAddress(&received[cta.rank * each + cta.thread % each], owner),
-            reinterpret_cast<const uint4*>(cta.bins)[cta.thread],
-            RemoteAddress(&header->segments_barrier, owner));
+  for (int i = cta.thread; i < kBinVectors; i += kThreads) {
+    const int owner = i / each;
+    SendAsync(RemoteAddress(&received[cta.rank * each + i % each], owner),
+              reinterpret_cast<const uint4*>(cta.bins)[i],
+              RemoteAddress(&header->segments_barrier, owner));
+  }
   BarrierWait(&header->segments_barrier, parity);
   for (int i = cta.thread; i < own_count * cta.num_active; i += kThreads) {
     const int bin = i % own_count;
@@ -130,7 +130,10 @@ __device__ __forceinline__ void SumBins(Cta& cta, uint32_t parity) {
               RemoteAddress(&header->totals_barrier, peer));
   }
   BarrierWait(&header->totals_barrier, parity);
-  reinterpret_cast<uint4*>(cta.bins)[cta.thread] = totals[cta.thread];
+  for (int i = cta.thread; i < kBinVectors; i += kThreads) {
+    reinterpret_cast<uint4*>(cta.bins)[i] = totals[i];
+  }
+  SyncThreads();  // the sums before their reads
 }
 
 }  // namespace jax_topk

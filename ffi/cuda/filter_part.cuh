@@ -127,19 +127,16 @@ __device__ __forceinline__ void FilterTile(Cta& cta, const Run& run, const Filte
   }
 }
 
-// The tiles of a streamed part.
-constexpr int kStreamTileVectors = kThreads * kStreamVectors;
-
 // Starts copying tile `index` of a part; also commits, so that every tile is one group, even one
 // that does not exist.
 template <typename T>
 __device__ __forceinline__ void StartTile(const Cta& cta, const RowWindow& window, const Part& part,
                                  int32_t index, int slot) {
-  const int64_t first = part.first + int64_t{index} * kStreamTileVectors;
+  const int64_t first = part.first + int64_t{index} * (kThreads * T::kStreamVectors);
   if (first < part.last) {
-    const int32_t last = min(static_cast<int32_t>(first) + kStreamTileVectors, part.last);
+    const int32_t last = min(static_cast<int32_t>(first) + kThreads * T::kStreamVectors, part.last);
     CopyTile<T>(cta, window, static_cast<int32_t>(first), last,
-                cta.tiles + slot * kStreamTileVectors * kVectorBytes);
+                cta.tiles + slot * (kThreads * T::kStreamVectors * kVectorBytes));
   }
   CopyAsyncCommit();
 }
@@ -161,7 +158,7 @@ __device__ __forceinline__ ListState FilterStream(Cta& cta, const RowWindow& win
   int slot = 0;
 #pragma unroll 1
   for (int32_t index = 0;; ++index) {
-    const int64_t first = part.first + int64_t{index} * kStreamTileVectors;
+    const int64_t first = part.first + int64_t{index} * (kThreads * T::kStreamVectors);
     if (first >= part.last) break;
     if (num_stages == 2) {
       CopyAsyncWait<0>();
@@ -170,9 +167,9 @@ __device__ __forceinline__ ListState FilterStream(Cta& cta, const RowWindow& win
     }
     SyncThreads();  // this tile's copies before its reads; the last tile's reads before its refill
     StartTile<T>(cta, window, part, index + num_stages - 1, slot == 0 ? num_stages - 1 : slot - 1);
-    const unsigned char* tile = cta.tiles + slot * kStreamTileVectors * kVectorBytes;
+    const unsigned char* tile = cta.tiles + slot * (kThreads * T::kStreamVectors * kVectorBytes);
     FilterTile<T>(cta,
-                  MakeRun<T>(cta, window, static_cast<int32_t>(first), part.last, kStreamVectors, tile),
+                  MakeRun<T>(cta, window, static_cast<int32_t>(first), part.last, T::kStreamVectors, tile),
                   goal, &state);
     slot = slot + 1 == num_stages ? 0 : slot + 1;
   }

@@ -92,12 +92,11 @@ __device__ __forceinline__ void FinishRow(Cta& cta, const TopKArgs& args, const 
   WriteRow<T>(cta, source, selection, args.is_sorted, output);
 }
 
-// Vectors per thread of a tile of `num_vectors`: odd, or 2, so that threads that read their own
-// vectors side by side do not all meet in the same banks.
+// Vectors per thread of a tile of `num_vectors`: odd where it matters, so that threads that read
+// their own vectors side by side do not all meet in the same banks.
 __device__ __forceinline__ int32_t VectorsPerThread(int32_t num_vectors) {
-  return num_vectors <= kThreads ? 1 : num_vectors <= 2 * kThreads ? 2
-                                   : num_vectors <= 3 * kThreads ? 3
-                                                                 : 5;
+  const int32_t each = (num_vectors + kThreads - 1) / kThreads;
+  return each == 4 ? 5 : each;
 }
 
 // A row that one tile holds, by one CTA: the bracket is exact.
@@ -251,11 +250,6 @@ __device__ __forceinline__ void SelectStreamedRow(Cta& cta, const TopKArgs& args
   FinishRow<T>(cta, args, ListSource(cta, state.listed), bracket, state.counts, row, output);
 }
 
-static_assert(kThreads * Float32::kMaxVectors * kVectorBytes <= TileRingBytes(2) &&
-                  BFloat16::kMaxVectors <= Float32::kMaxVectors &&
-                  Float16::kMaxVectors <= Float32::kMaxVectors,
-              "the largest tile fits area A");
-
 // Vectors of each CTA's part: the row in equal parts, but no part shorter than the plan wants.
 __device__ __forceinline__ int32_t VectorsPerCta(const TopKArgs& args, int32_t num_vectors) {
   // Multiplied by the reciprocal rounded up: at least the quotient, and no division.
@@ -266,10 +260,9 @@ __device__ __forceinline__ int32_t VectorsPerCta(const TopKArgs& args, int32_t n
 
 template <typename T>
 __device__ __forceinline__ void SelectRow(const TopKArgs& args) {
-  const int64_t row =
-      static_cast<int64_t>((uint64_t{BlockIndex()} * args.cluster_reciprocal) >> 32);
-  const int32_t raw_start = args.starts[row];
-  const int32_t raw_length = args.lengths[row];
+  const int64_t row = RowIndex();
+  const int32_t raw_start = LoadWord(args.starts + row);
+  const int32_t raw_length = LoadWord(args.lengths + row);
   Cta cta = MakeCta(args);
   // Clamped to the row: any int32 is legal.
   const int32_t width = static_cast<int32_t>(args.width);
@@ -289,9 +282,14 @@ __device__ __forceinline__ void SelectRow(const TopKArgs& args) {
   }
   InitCta(cta);
   constexpr int32_t kTileVectors = kThreads * T::kMaxVectors;
-  const bool wants_short = args.path == static_cast<int>(Path::kAuto) ||
-                           args.path == static_cast<int>(Path::kShort) || window.length <= args.k;
-  if (wants_short && window.num_vectors <= kTileVectors) {
+  const bool is_forced_short =
+      args.path == static_cast<int>(Path::kShort) || window.length <= args.k;
+  // Beyond four vectors per thread, sharing the row beats one busy CTA, where there are others.
+  const int32_t short_vectors = args.cluster_size > 1 && !is_forced_short
+                                    ? min(kThreads * 4, kTileVectors)
+                                    : kTileVectors;
+  if ((args.path == static_cast<int>(Path::kAuto) || is_forced_short) &&
+      window.num_vectors <= short_vectors) {
     if (cta.rank == 0) SelectShortRow<T>(cta, args, window, output);
     return;
   }

@@ -29,13 +29,14 @@ std::string Describe(const char* what, cudaError_t error) {
 cudaLaunchConfig_t MakeConfig(const LaunchPlan& plan, cudaStream_t stream,
                               cudaLaunchAttribute* attribute) {
   cudaLaunchConfig_t config{};
-  config.gridDim = dim3(static_cast<unsigned>(plan.num_ctas));
+  config.gridDim = dim3(static_cast<unsigned>(plan.num_ctas / plan.cluster_size),
+                        static_cast<unsigned>(plan.cluster_size));
   config.blockDim = dim3(kThreads);
   config.dynamicSmemBytes = static_cast<size_t>(plan.smem_bytes);
   config.stream = stream;
   if (plan.cluster_size > 1) {
     attribute->id = cudaLaunchAttributeClusterDimension;
-    attribute->val.clusterDim = {static_cast<unsigned>(plan.cluster_size), 1, 1};
+    attribute->val.clusterDim = {1, static_cast<unsigned>(plan.cluster_size), 1};
     config.attrs = attribute;
     config.numAttrs = 1;
   }

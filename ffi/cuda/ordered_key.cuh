@@ -106,7 +106,8 @@ struct FloatSteps {
 static_assert(FloatSteps::kScale == 4, "Fourfold needs no shift");
 
 struct Float32 : KeyOrder<uint32_t> {
-  static constexpr int kMaxVectors = 5;  // of one thread in one tile; odd (bank conflicts)
+  static constexpr int kMaxVectors = jax_topk::kMaxVectors;
+  static constexpr int kStreamVectors = jax_topk::kStreamVectors;
   static constexpr uint32_t kInfinity = 0x7f800000u;
   __device__ __forceinline__ static uint32_t FourfoldSteps(uint32_t halves) {
     return FloatSteps::Fourfold(halves);
@@ -118,6 +119,7 @@ struct Float32 : KeyOrder<uint32_t> {
 
 struct BFloat16 : KeyOrder<uint16_t> {
   static constexpr int kMaxVectors = 3;
+  static constexpr int kStreamVectors = 3;
   static constexpr uint32_t kInfinity = 0x7f80u;
   __device__ __forceinline__ static uint32_t FourfoldSteps(uint32_t halves) {
     return FloatSteps::Fourfold(halves);
@@ -129,6 +131,7 @@ struct BFloat16 : KeyOrder<uint16_t> {
 
 struct Float16 : KeyOrder<uint16_t> {
   static constexpr int kMaxVectors = 3;
+  static constexpr int kStreamVectors = 3;
   static constexpr uint32_t kInfinity = 0x7c00u;
   // 2^15 magnitudes over kHalfBins steps: a step is 32.
   __device__ __forceinline__ static uint32_t FourfoldSteps(uint32_t halves) {

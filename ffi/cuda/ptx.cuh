@@ -18,7 +18,8 @@ namespace jax_topk {
 using MBarrier = uint64_t;
 
 __device__ __forceinline__ int ThreadIndex() { return static_cast<int>(threadIdx.x); }
-__device__ __forceinline__ uint32_t BlockIndex() { return blockIdx.x; }
+// The grid is [rows, CTAs per row], with a cluster along the second dimension.
+__device__ __forceinline__ uint32_t RowIndex() { return blockIdx.x; }
 // Of the CTA in its cluster; a launch without clusters has clusters of one.
 __device__ __forceinline__ int ClusterRank() {
   uint32_t rank = 0;
@@ -41,6 +42,14 @@ __device__ __forceinline__ uint32_t SharedAddress(const void* pointer) {
 // For conditions that ordinary rows do not meet: moves their code out of the way. The instruction
 // cache starts cold with every launch, and a jump over unneeded code costs 200 to 400 cycles.
 __device__ __forceinline__ bool Unlikely(bool condition) { return __builtin_expect(condition, 0); }
+
+// A word that is the same for all threads, kept in an ordinary register: the compiler would move it
+// to a uniform one, and the chain of uniform instructions behind it takes twice as long.
+__device__ __forceinline__ int32_t LoadWord(const int32_t* pointer) {
+  int32_t value;
+  asm volatile("ld.global.s32 %0, [%1];" : "=r"(value) : "l"(pointer));
+  return value;
+}
 
 // 16 bytes of read-only global memory through L1.
 __device__ __forceinline__ uint4 LoadReadOnly(const uint4* pointer) { return __ldg(pointer); }

@@ -233,10 +233,7 @@ void FinishCopies(std::vector<PendingCopy>& group) {
 }  // namespace
 
 int ThreadIndex() { return emulator->current->thread; }
-uint32_t BlockIndex() {
-  return static_cast<uint32_t>(emulator->row * emulator->args->cluster_size +
-                               emulator->current->rank);
-}
+uint32_t RowIndex() { return static_cast<uint32_t>(emulator->row); }
 int ClusterRank() { return emulator->current->rank; }
 unsigned char* SharedMemory() { return emulator->current->block->shared.data(); }
 

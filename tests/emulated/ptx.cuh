@@ -70,7 +70,7 @@ inline uint32_t atomicMax(uint32_t* address, uint32_t value) {
 using MBarrier = uint64_t;
 
 int ThreadIndex();
-uint32_t BlockIndex();
+uint32_t RowIndex();
 int ClusterRank();
 unsigned char* SharedMemory();
 void SyncThreads();
@@ -83,6 +83,7 @@ void CopyAsyncWait() {
   CopyAsyncWaitFor(kPending);
 }
 inline bool Unlikely(bool condition) { return condition; }
+inline int32_t LoadWord(const int32_t* pointer) { return *pointer; }
 inline uint4 LoadReadOnly(const uint4* pointer) { return *pointer; }
 inline uint32_t UpperHalves(uint32_t first, uint32_t second) {
   return first >> 16 | (second & 0xffff0000u);
