@@ -12,6 +12,7 @@
 #include "xla/ffi/api/ffi.h"
 
 #include "cpu/top_k.h"
+#include "handler_checks.h"
 #include "plan_binding.h"
 
 namespace jax_topk::cpu {
@@ -32,96 +33,20 @@ class XlaExecutor final : public Executor {
   int64_t num_threads_;
 };
 
-using Dimensions = ffi::AnyBuffer::Dimensions;
-
-std::string ToString(Dimensions dimensions) {
-  std::ostringstream text;
-  text << "[";
-  for (size_t i = 0; i < dimensions.size(); ++i) text << (i == 0 ? "" : ", ") << dimensions[i];
-  text << "]";
-  return text.str();
-}
-
-// An InvalidArgument error from the parts of a sentence.
-template <typename... Parts>
-ffi::Error Invalid(const Parts&... parts) {
-  std::ostringstream text;
-  text << "jax_topk: ";
-  (text << ... << parts);
-  return ffi::Error::InvalidArgument(text.str());
-}
-
-// Whether `dimensions` is `batch` followed by `last`, if there is a last.
-bool IsBatchAnd(Dimensions dimensions, Dimensions batch, const int64_t* last) {
-  const size_t rank = batch.size() + (last != nullptr);
-  if (dimensions.size() != rank) return false;
-  for (size_t i = 0; i < batch.size(); ++i) {
-    if (dimensions[i] != batch[i]) return false;
-  }
-  return last == nullptr || dimensions[rank - 1] == *last;
-}
-
 // Checks what XLA passed and runs the selection. `values` is absent for the indices-only target.
 ffi::Error Run(ffi::ThreadPool pool, ffi::AnyBuffer operand, ffi::Buffer<ffi::S32> starts,
                ffi::Buffer<ffi::S32> lengths, const ffi::AnyBuffer* values,
                ffi::Buffer<ffi::S32> indices, bool smallest, bool sorted) {
   TopKArgs args;
-  Problem& problem = args.problem;
-  switch (operand.element_type()) {
-    case ffi::F32: problem.dtype = DType::kFloat32; break;
-    case ffi::BF16: problem.dtype = DType::kBFloat16; break;
-    case ffi::F16: problem.dtype = DType::kFloat16; break;
-    default:
-      return Invalid("operand has element type ", operand.element_type(),
-                     "; the CPU target takes F32, BF16 and F16");
-  }
-  const Dimensions shape = operand.dimensions();
-  if (shape.size() == 0) {
-    return Invalid("operand is a scalar; pass an array of shape [*batch, width]");
-  }
-  const Dimensions batch(shape.begin(), shape.size() - 1);
-  if (!IsBatchAnd(starts.dimensions(), batch, nullptr)) {
-    return Invalid("starts has shape ", ToString(starts.dimensions()), "; it must be ",
-                   ToString(batch), ", the shape of operand without its last axis");
-  }
-  if (!IsBatchAnd(lengths.dimensions(), batch, nullptr)) {
-    return Invalid("lengths has shape ", ToString(lengths.dimensions()), "; it must be ",
-                   ToString(batch), ", the shape of operand without its last axis");
-  }
-  const Dimensions results = indices.dimensions();
-  if (results.size() == 0 || !IsBatchAnd(results, batch, &results[results.size() - 1])) {
-    return Invalid("indices has shape ", ToString(results), "; it must be ", ToString(batch),
-                   " followed by k");
-  }
-  problem.width = shape[shape.size() - 1];
-  problem.k = results[results.size() - 1];
-  if (problem.k > problem.width) {
-    return Invalid("k=", problem.k, " exceeds the row width ", problem.width,
-                   "; pass k <= operand.shape[-1]");
-  }
-  if (problem.width > int64_t{std::numeric_limits<int32_t>::max()}) {
-    return Invalid("the row width ", problem.width, " does not fit an int32 index; split the row");
-  }
-  args.values = nullptr;
-  if (values != nullptr) {
-    if (values->element_type() != operand.element_type()) {
-      return Invalid("values has element type ", values->element_type(), "; it must be ",
-                     operand.element_type(), ", as operand");
-    }
-    if (!IsBatchAnd(values->dimensions(), batch, &problem.k)) {
-      return Invalid("values has shape ", ToString(values->dimensions()), "; it must be ",
-                     ToString(results), ", as indices");
-    }
-    args.values = values->untyped_data();
-  }
+  ffi::Error error = CheckBuffers(operand, starts, lengths, values, indices, &args.problem);
+  if (error.failure()) return error;
   args.operand = operand.untyped_data();
   args.starts = starts.typed_data();
   args.lengths = lengths.typed_data();
+  args.values = values == nullptr ? nullptr : values->untyped_data();
   args.indices = indices.typed_data();
-  problem.rows = 1;
-  for (const int64_t size : batch) problem.rows *= size;
   args.is_smallest = smallest;
-  problem.is_sorted = sorted;
+  args.problem.is_sorted = sorted;
 
   XlaExecutor executor(pool);
   try {

@@ -15,6 +15,7 @@
 
 #include "cuda/launch.h"
 #include "cuda/timing.h"
+#include "handler_checks.h"
 #include "plan_binding.h"
 #include "smem_layout.h"
 #include "xla/ffi/api/ffi.h"
@@ -23,63 +24,14 @@ namespace jax_topk {
 namespace {
 
 namespace nb = nanobind;
-namespace ffi = xla::ffi;
-
-using Dimensions = ffi::AnyBuffer::Dimensions;
-
-template <typename... Parts>
-ffi::Error Invalid(const Parts&... parts) {
-  std::ostringstream text;
-  text << "jax_topk: ";
-  (text << ... << parts);
-  return ffi::Error::InvalidArgument(text.str());
-}
-
-// Whether `dimensions` is `batch` followed by `num_more` dimensions.
-bool StartsWithBatch(Dimensions dimensions, Dimensions batch, size_t num_more) {
-  if (dimensions.size() != batch.size() + num_more) return false;
-  for (size_t i = 0; i < batch.size(); ++i) {
-    if (dimensions[i] != batch[i]) return false;
-  }
-  return true;
-}
-
 // Checks what XLA passed and launches. `values` is null for the indices-only target.
 ffi::Error Run(cudaStream_t stream, ffi::AnyBuffer operand, ffi::Buffer<ffi::S32> starts,
                ffi::Buffer<ffi::S32> lengths, ffi::AnyBuffer* values,
                ffi::Buffer<ffi::S32> indices, bool is_smallest, bool is_sorted,
                std::string_view plan) {
   Problem problem;
-  switch (operand.element_type()) {
-    case ffi::F32: problem.dtype = DType::kFloat32; break;
-    case ffi::BF16: problem.dtype = DType::kBFloat16; break;
-    case ffi::F16: problem.dtype = DType::kFloat16; break;
-    default:
-      return Invalid("operand has element type ", operand.element_type(),
-                     "; the CUDA target takes F32, BF16 and F16");
-  }
-  const Dimensions shape = operand.dimensions();
-  if (shape.size() == 0) {
-    return Invalid("operand is a scalar; pass an array of shape [*batch, width]");
-  }
-  const Dimensions batch(shape.begin(), shape.size() - 1);
-  if (!StartsWithBatch(starts.dimensions(), batch, 0) ||
-      !StartsWithBatch(lengths.dimensions(), batch, 0)) {
-    return Invalid("starts and lengths must have the shape of operand without its last axis");
-  }
-  if (!StartsWithBatch(indices.dimensions(), batch, 1)) {
-    return Invalid("indices must have the shape of operand with its last axis replaced by k");
-  }
-  if (values != nullptr &&
-      (values->element_type() != operand.element_type() ||
-       !StartsWithBatch(values->dimensions(), batch, 1) ||
-       values->dimensions()[batch.size()] != indices.dimensions()[batch.size()])) {
-    return Invalid("values must have the element type of operand and the shape of indices");
-  }
-  problem.rows = 1;
-  for (int64_t dimension : batch) problem.rows *= dimension;
-  problem.width = shape[shape.size() - 1];
-  problem.k = indices.dimensions()[batch.size()];
+  ffi::Error refused = CheckBuffers(operand, starts, lengths, values, indices, &problem);
+  if (refused.failure()) return refused;
   problem.is_sorted = is_sorted;
   const TopKBuffers buffers{operand.untyped_data(), starts.typed_data(), lengths.typed_data(),
                             values == nullptr ? nullptr : values->untyped_data(),

@@ -1,0 +1,104 @@
+// What the FFI handlers of all platforms check before they touch a buffer.
+
+#ifndef JAX_TOPK_HANDLER_CHECKS_H_
+#define JAX_TOPK_HANDLER_CHECKS_H_
+
+#include <cstdint>
+#include <limits>
+#include <sstream>
+#include <string>
+
+#include "problem.h"
+#include "xla/ffi/api/ffi.h"
+
+namespace jax_topk {
+
+namespace ffi = xla::ffi;
+
+using Dimensions = ffi::AnyBuffer::Dimensions;
+
+inline std::string ToString(Dimensions dimensions) {
+  std::ostringstream text;
+  text << "[";
+  for (size_t i = 0; i < dimensions.size(); ++i) text << (i == 0 ? "" : ", ") << dimensions[i];
+  text << "]";
+  return text.str();
+}
+
+// An InvalidArgument error from the parts of a sentence.
+template <typename... Parts>
+ffi::Error Invalid(const Parts&... parts) {
+  std::ostringstream text;
+  text << "jax_topk: ";
+  (text << ... << parts);
+  return ffi::Error::InvalidArgument(text.str());
+}
+
+// Whether `dimensions` is `batch` followed by `last`, if there is a last.
+inline bool IsBatchAnd(Dimensions dimensions, Dimensions batch, const int64_t* last) {
+  const size_t rank = batch.size() + (last != nullptr);
+  if (dimensions.size() != rank) return false;
+  for (size_t i = 0; i < batch.size(); ++i) {
+    if (dimensions[i] != batch[i]) return false;
+  }
+  return last == nullptr || dimensions[rank - 1] == *last;
+}
+
+// Checks element types and shapes, and describes the call. `values` is null for the indices-only
+// target. Leaves `is_sorted` alone.
+inline ffi::Error CheckBuffers(const ffi::AnyBuffer& operand, const ffi::Buffer<ffi::S32>& starts,
+                               const ffi::Buffer<ffi::S32>& lengths, const ffi::AnyBuffer* values,
+                               const ffi::Buffer<ffi::S32>& indices, Problem* problem) {
+  switch (operand.element_type()) {
+    case ffi::F32: problem->dtype = DType::kFloat32; break;
+    case ffi::BF16: problem->dtype = DType::kBFloat16; break;
+    case ffi::F16: problem->dtype = DType::kFloat16; break;
+    default:
+      return Invalid("operand has element type ", operand.element_type(),
+                     "; the kernels take F32, BF16 and F16");
+  }
+  const Dimensions shape = operand.dimensions();
+  if (shape.size() == 0) {
+    return Invalid("operand is a scalar; pass an array of shape [*batch, width]");
+  }
+  const Dimensions batch(shape.begin(), shape.size() - 1);
+  if (!IsBatchAnd(starts.dimensions(), batch, nullptr)) {
+    return Invalid("starts has shape ", ToString(starts.dimensions()), "; it must be ",
+                   ToString(batch), ", the shape of operand without its last axis");
+  }
+  if (!IsBatchAnd(lengths.dimensions(), batch, nullptr)) {
+    return Invalid("lengths has shape ", ToString(lengths.dimensions()), "; it must be ",
+                   ToString(batch), ", the shape of operand without its last axis");
+  }
+  const Dimensions results = indices.dimensions();
+  if (results.size() == 0 || !IsBatchAnd(results, batch, &results[results.size() - 1])) {
+    return Invalid("indices has shape ", ToString(results), "; it must be ", ToString(batch),
+                   " followed by k");
+  }
+  problem->width = shape[shape.size() - 1];
+  problem->k = results[results.size() - 1];
+  if (problem->k > problem->width) {
+    return Invalid("k=", problem->k, " exceeds the row width ", problem->width,
+                   "; pass k <= operand.shape[-1]");
+  }
+  if (problem->width > int64_t{std::numeric_limits<int32_t>::max()}) {
+    return Invalid("the row width ", problem->width, " does not fit an int32 index; split the row");
+  }
+  if (values != nullptr) {
+    if (values->element_type() != operand.element_type()) {
+      return Invalid("values has element type ", values->element_type(), "; it must be ",
+                     operand.element_type(), ", as operand");
+    }
+    if (!IsBatchAnd(values->dimensions(), batch, &problem->k)) {
+      return Invalid("values has shape ", ToString(values->dimensions()), "; it must be ",
+                     ToString(results), ", as indices");
+    }
+  }
+  problem->rows = 1;
+  for (const int64_t size : batch) problem->rows *= size;
+  return ffi::Error::Success();
+}
+
+}  // namespace jax_topk
+
+#endif  // JAX_TOPK_HANDLER_CHECKS_H_
