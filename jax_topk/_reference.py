@@ -31,7 +31,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-__all__ = ["gather_last", "reference_top_k", "worst_value"]
+# Bound here, so that `jax.lax.top_k = jax_topk.top_k` does not make the expression call itself.
+from jax.lax import top_k as _xla_top_k
+
+__all__ = ["gather_last", "positions_like", "reference_top_k", "worst_value"]
 
 _INT32_MAX = np.iinfo(np.int32).max
 
@@ -88,11 +91,11 @@ def reference_top_k(
     if start is not None:
         keys = _move_to_front(keys, start)
     if length is not None:
-        column = _positions(keys)
+        column = positions_like(keys)
         keys = jnp.where(column < length[..., None], keys, codec.lowest_key())
     best_keys, indices = _select(keys, k, by_sort=partitionable)
     if length is not None:
-        place = _positions(indices)
+        place = positions_like(indices)
         is_valid = place < length[..., None]
         indices = jnp.where(is_valid, indices, np.int32(-1))
         best_keys = jnp.where(is_valid, best_keys, codec.worst_key())
@@ -103,7 +106,7 @@ def reference_top_k(
     return [codec.decode(best_keys), indices]
 
 
-def _positions(x: jax.Array) -> jax.Array:
+def positions_like(x: jax.Array) -> jax.Array:
     """int32 positions along the last axis, in the shape and (explicit) sharding of `x`."""
     sharding = jax.typeof(x).sharding
     out_sharding = None if sharding.mesh.empty else sharding
@@ -130,7 +133,7 @@ def _move_to_front(keys: jax.Array, start: jax.Array) -> jax.Array:
     front, the filling behind it can never win over a real element with the lowest key.
     """
     width = keys.shape[-1]
-    position = _positions(keys)
+    position = positions_like(keys)
     room = jnp.int32(width) - start[..., None]
     # position + start may exceed int32 for rows near 2**31, hence the comparison before the sum.
     source = jnp.where(position < room, position + start[..., None], position - room)
@@ -168,10 +171,10 @@ def gather_last(operand: jax.Array, positions: jax.Array, mode: str) -> jax.Arra
 def _select(keys: jax.Array, k: int, by_sort: bool) -> tuple[jax.Array, jax.Array]:
     """Returns the k largest keys of each row, best first, and their positions (int32)."""
     if not by_sort:
-        best_keys, indices = lax.top_k(keys, k)
+        best_keys, indices = _xla_top_k(keys, k)
         return best_keys, indices
     ranks, unrank = _descending_ranks(keys)
-    position = _positions(keys)
+    position = positions_like(keys)
     ranks, indices = lax.sort((ranks, position), dimension=-1, is_stable=True, num_keys=1)
     first_k = lambda x: lax.slice_in_dim(x, 0, k, axis=x.ndim - 1)  # noqa: E731
     return unrank(first_k(ranks)), first_k(indices)

@@ -7,7 +7,9 @@ From then on every program that is compiled, whoever wrote it, lowers `jax.lax.t
 `jnp.top_k`, which calls it) to the kernels, wherever the result is the same bit for bit:
 
     cpu    float32, float16 (`lax.top_k` quiets the NaNs of bfloat16 there, so it stays)
-    cuda   float32, bfloat16, float16, for k up to the limit of the kernels
+    cuda   float32, bfloat16, float16, for k up to the limit of the kernels. One difference: XLA's
+           GPU code does not order NaNs of different payloads (seen on jax 0.11.2, float32 and
+           bfloat16); the kernels order them as the CPU does, larger payload first
 
 Everything else, and `is_stable=False`, keeps JAX's own lowering. Only the lowering changes: traced
 programs, shapes, types, vmap and derivatives remain JAX's. Programs that were compiled before keep
@@ -43,11 +45,11 @@ __all__ = ["install", "installed", "is_installed", "uninstall"]
 KNOWN_VERSIONS = ((0, 10), (0, 11), (0, 12))
 """Minor versions of JAX whose lowering tables this module knows."""
 
-BIT_EQUAL_DTYPES = {
+EQUAL_DTYPES = {
     "cpu": ("float32", "float16"),
     "cuda": ("float32", "bfloat16", "float16"),
 }
-"""Where `lax.top_k` and the kernels return the same bits for every input, NaN payloads included."""
+"""Where `lax.top_k` and the kernels return the same bits; on cuda, for every input without NaNs."""
 
 _lock = threading.RLock()
 _num_contexts = 0
@@ -156,7 +158,7 @@ def _rule_for(platform: str, fallback: Callable[..., Any]) -> Callable[..., Sequ
             not _lowering.is_lowering_expression()
             and others.get("is_stable", True)
             and not set(others) - {"is_stable"}
-            and np.dtype(dtype).name in BIT_EQUAL_DTYPES[platform]
+            and np.dtype(dtype).name in EQUAL_DTYPES[platform]
             and isinstance(k, int)
             and _lowering.why_not(platform, dtype, k) is None
         )

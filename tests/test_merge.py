@@ -141,6 +141,19 @@ def test_unchecked_types(mesh_of, layout):
     expect(select(x, lengths, starts), x, 11, starts, lengths)
 
 
+def test_under_a_strict_jax(mesh_of):
+    layout = LAYOUTS["two axes"]
+    x, starts, lengths = rows_and_windows(64)
+    mesh = mesh_of(*layout[:2])
+    with (
+        jax.numpy_rank_promotion("raise"),
+        jax.numpy_dtype_promotion("strict"),
+        jax.enable_checks(True),
+    ):
+        expect(sharded(mesh, layout, 12)(x, lengths, starts), x, 12, starts, lengths)
+        merged(mesh, layout, 13)(*candidates(16, 500, 48))
+
+
 def test_scalar_and_python_lengths(mesh_of):
     mesh = mesh_of((8,), ("s",))
     x, *_ = rows_and_windows(64)

@@ -113,6 +113,34 @@ def test_under_jit_and_without_jit(top_k):
         expect(jax.vmap(lambda row: top_k(row, 4))(x), x, 4)
 
 
+@pytest.fixture
+def strict_jax():
+    """JAX as its own tests configure it, and stricter."""
+    with (
+        jax.numpy_rank_promotion("raise"),
+        jax.numpy_dtype_promotion("strict"),
+        jax.checking_leaks(),
+        jax.enable_checks(True),
+    ):
+        yield
+
+
+@pytest.mark.parametrize("x64", [False, True])
+def test_under_a_strict_jax(top_k, strict_jax, x64):
+    with jax.enable_x64(x64):
+        x = normal(3, 4, 20)
+        starts, lengths = counts(3, 4, width=20), np.int8(7)
+
+        def loss(x):
+            values, indices = top_k(x, 4, lengths=lengths, row_starts=starts)
+            return jnp.sum(jnp.where(indices < 0, jnp.float32(0), values))
+
+        expect(top_k(x, 4, lengths=lengths, row_starts=starts), x, 4, starts, lengths)
+        expect(top_k(x, 4, sorted=False, axis=-1), x, 4, None, None, False)
+        expect(jax.vmap(lambda x, n: top_k(x, 4, lengths=n))(x, starts), x, 4, None, starts)
+        assert jax.grad(loss)(x).shape == x.shape
+
+
 def test_evaluating_a_jaxpr(top_k):
     x = normal(3, 20)
     closed = jax.make_jaxpr(lambda x: top_k(x, 4))(x)

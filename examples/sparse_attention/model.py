@@ -218,10 +218,26 @@ def index_scores(queries: Array, weights: Array, keys: Array, scales: Array, blo
 
     def score(keys: Array) -> Array:
         products = jnp.einsum("rhd,sd->rhs", queries, keys, preferred_element_type=jnp.float32)
-        return jnp.sum(jax.nn.relu(products) * weights[..., None], axis=1)
+        return weighted_sum_over_heads(jax.nn.relu(products), weights)
 
     scores = [score(keys[i : i + block]) for i in range(0, keys.shape[0], block)]
     return jnp.concatenate(scores, axis=1) * scales
+
+
+def weighted_sum_over_heads(products: Array, weights: Array) -> Array:
+    """`sum_h products[r, h, s] weights[r, h]`, `[R, s]`, in the form that each platform does best.
+
+    A GPU fuses whatever precedes a sum into it, and reads the products once. XLA on CPU (jaxlib
+    0.10) fuses the matrix product before it as well, and loses its fast form by that.
+    """
+
+    def by_sum(products: Array, weights: Array) -> Array:
+        return jnp.sum(products * weights[..., None], axis=1)
+
+    def by_product(products: Array, weights: Array) -> Array:
+        return jnp.einsum("rhs,rh->rs", products, weights, precision=lax.Precision.HIGHEST)
+
+    return lax.platform_dependent(products, weights, cpu=by_product, default=by_sum)
 
 
 # ------------------------------------------------------------------------------------- attention
@@ -396,7 +412,7 @@ def sparse_attention(
         scores = index_scores(
             index_q, weights, cache.index_keys, cache.index_scales, config.index_block
         )
-        # The barriers keep XLA from fusing the indexer into one implementation of top-k but not
+        # The barriers ask XLA not to fuse the indexer into one implementation of top-k but not
         # into another, which could round the scores differently.
         scores = lax.optimization_barrier(scores)
         indices = select(scores, starts, lengths, min(config.top_k, scores.shape[1]))
