@@ -85,7 +85,6 @@ constexpr SmemLayout MakeSmemLayout(int cluster_size, int num_stages, int64_t li
   const int64_t gathered_bytes = cluster_size == 1 ? 0 : (list_capacity + 4 * cluster_size) * 4;
   const int64_t own_bytes = larger(list_capacity * 4, NextPowerOfTwo(k) * 8);
   const int64_t candidates_bytes = gathered_bytes + own_bytes;
-  static_assert(kMaxTileBytes >= int64_t{kMaxK} * 8, "area A holds the pairs of a sorted row");
   SmemLayout layout{};
   layout.bins = kHeaderBytes;
   layout.a = AlignUp(layout.bins + kBinsBytes, 128);

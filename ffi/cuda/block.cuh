@@ -45,7 +45,6 @@ struct SharedHeader {
   MBarrier totals_barrier;
   uint32_t lowest_key;
   uint32_t highest_key;
-  uint32_t crowd;
   uint32_t packed_counts;  // of a tile: certain, and open << 16
   uint32_t num_own;
   uint32_t num_finalists;
@@ -70,7 +69,6 @@ struct Cta {
   unsigned char* sums;       // area B: histograms of the cluster
   uint32_t* gathered;        // candidate keys of the whole row
   unsigned char* own;        // own candidate keys, later the staged output or the pairs to sort
-  unsigned char* spare;      // the area without the candidates; free once the output is staged
   int thread, lane, warp;
   int rank;                  // of this CTA among the CTAs of its row
   int num_active;            // CTAs that share the row
@@ -98,7 +96,6 @@ __device__ __forceinline__ void PlaceCandidates(Cta& cta, const TopKArgs& args, 
   unsigned char* candidates = SharedMemory() + (has_list ? args.layout.a : args.layout.b);
   cta.gathered = reinterpret_cast<uint32_t*>(candidates);
   cta.own = candidates + args.layout.own;
-  cta.spare = SharedMemory() + (has_list ? args.layout.b : args.layout.a);
 }
 
 struct Scan {

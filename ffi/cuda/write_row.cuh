@@ -3,7 +3,7 @@
 // Threads own elements in ascending position, so a scan over "greater than the pivot" and "equal to
 // it" gives every selected element its place in ascending order. The output is staged in shared memory
 // and stored coalesced: 2048 scattered stores of 4 bytes would cost 1 us. Sorted output goes to the
-// row's first CTA, see sort_pairs.cuh.
+// row's first CTA, which sorts (key descending, position ascending).
 
 #ifndef JAX_TOPK_CUDA_WRITE_ROW_CUH_
 #define JAX_TOPK_CUDA_WRITE_ROW_CUH_
@@ -15,7 +15,6 @@
 #include "block.cuh"
 #include "filter_part.cuh"
 #include "row_window.cuh"
-#include "sort_pairs.cuh"
 
 namespace jax_topk {
 
@@ -91,6 +90,27 @@ __device__ __forceinline__ void CopyIndices(int32_t length, int32_t* indices, in
 #pragma unroll 1
   for (int32_t i = 4 * num_quads + ThreadIndex(); i < k; i += kThreads) {
     indices[i] = i < length ? i : -1;
+  }
+}
+
+// Sorts ascending in shared memory; `size` is a power of two. Bitonic: log2(size)^2 / 2 steps of one
+// barrier each. In and out: ordered by a barrier.
+__device__ __forceinline__ void SortPairs(const Cta& cta, uint64_t* pairs, int size) {
+#pragma unroll 1
+  for (int run = 2; run <= size; run *= 2) {
+#pragma unroll 1
+    for (int stride = run / 2; stride > 0; stride /= 2) {
+      for (int i = cta.thread; i < size / 2; i += kThreads) {
+        const int low = 2 * i - (i & (stride - 1));
+        const uint64_t a = pairs[low], b = pairs[low + stride];
+        const bool ascending = (low & run) == 0;
+        if ((a > b) == ascending) {
+          pairs[low] = b;
+          pairs[low + stride] = a;
+        }
+      }
+      SyncThreads();  // this step's exchanges before the next step's reads
+    }
   }
 }
 
@@ -199,11 +219,11 @@ __device__ __forceinline__ Place SelectPlaces(Cta& cta, const PivotMasks& masks,
   return place;
 }
 
-// Sends this CTA's selected elements to the row's first CTA, which sorts and writes them.
+// Sorts a row's selected elements in its first CTA and writes them.
 template <typename T, typename Source>
-__device__ __forceinline__ void SortSelected(Cta& cta, const Source& source, const Place& place,
-                                             int count, const RowOutput<T>& output) {
-  uint2* pairs = reinterpret_cast<uint2*>(cta.own);
+__device__ __forceinline__ void SortSelected(const Cta cta, const Source source, const Place place, int count,
+                                const RowOutput<T> output) {
+  uint2* pairs = reinterpret_cast<uint2*>(cta.own);  // as uint64: ~key above position
   const bool is_remote = cta.num_active > 1;
   if (is_remote && cta.rank == 0 && cta.thread == 0) {
     BarrierExpect(&cta.header->winners_barrier, count * sizeof(uint2));
@@ -223,12 +243,16 @@ __device__ __forceinline__ void SortSelected(Cta& cta, const Source& source, con
     ++at;
   }
   if (cta.rank != 0) return;
+  const int size = count <= 1 ? 1 : 1 << (32 - __clz(count - 1));
+#pragma unroll 1
+  for (int i = count + cta.thread; i < size; i += kThreads) pairs[i] = make_uint2(~0u, ~0u);
   if (is_remote) BarrierWait(&cta.header->winners_barrier, 0);
-  SyncThreads();  // pairs before the sort; the last reads of what `spare` held
-  SortPairs(cta, pairs, reinterpret_cast<uint2*>(cta.spare), count,
-            [&](int rank, const uint2& pair) {
-              output.Store(rank, ~pair.y, static_cast<int32_t>(pair.x));
-            });
+  SyncThreads();  // pairs before the sort
+  SortPairs(cta, reinterpret_cast<uint64_t*>(pairs), size);
+#pragma unroll 1
+  for (int i = cta.thread; i < count; i += kThreads) {
+    output.Store(i, ~pairs[i].y, static_cast<int32_t>(pairs[i].x));
+  }
 }
 
 // Writes this CTA's selected elements in ascending position, by way of shared memory.
