@@ -23,11 +23,11 @@ enum class Path : int {
 
 // Everything that a launch needs, decided before any length is known.
 struct LaunchPlan {
-  int cluster_size = 1;        // CTAs that share one row
-  int64_t num_ctas = 0;        // rows * cluster_size
-  int num_stages = 2;          // tiles in flight while a row is streamed
-  int list_capacity = 0;       // entries at or above the lower bound that one row may keep
-  int part_elements = 0;       // a row gets one CTA per this many elements, up to cluster_size
+  int cluster_size = 1;   // CTAs that share one row
+  int64_t num_ctas = 0;   // rows * cluster_size
+  int num_stages = 2;     // tiles in flight while a row is streamed
+  int list_capacity = 0;  // entries at or above the lower bound that one row may keep
+  int part_elements = 0;  // a row gets one CTA per this many elements, up to cluster_size
   int64_t smem_bytes = 0;
   Path path = Path::kAuto;
 };

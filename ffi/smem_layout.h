@@ -20,11 +20,8 @@
 namespace jax_topk {
 
 // Threads of one CTA. What all threads execute alike costs an SM half a cycle per warp and integer
-// instruction, and that is most of a short row; fewer threads no longer hide the latencies.
-#ifndef JAX_TOPK_THREADS
-#define JAX_TOPK_THREADS 384
-#endif
-inline constexpr int kThreads = JAX_TOPK_THREADS;
+// instruction; fewer threads no longer hide the latencies. 384 measured best between 256 and 512.
+inline constexpr int kThreads = 384;
 inline constexpr int kWarps = kThreads / 32;
 inline constexpr int kVectorBytes = 16;  // one cp.async, one LDS.128
 inline constexpr int kMaxClusterSize = 16;
@@ -40,16 +37,15 @@ inline constexpr int kMaxK = 4096;
 // Vectors that one thread owns in a streamed tile, and at most in a tile that holds a whole part.
 // Odd, so that eight neighbouring threads that read their own vectors touch all 32 banks once; at
 // most 32 elements, one bit each.
-inline constexpr int kStreamVectors = kThreads <= 256 ? 5 : 3;
-inline constexpr int kMaxVectors = kThreads <= 384 ? 7 : 5;
+inline constexpr int kStreamVectors = 3;
+inline constexpr int kMaxVectors = 7;
 inline constexpr int64_t kMaxTileBytes = int64_t{kThreads} * kMaxVectors * kVectorBytes;
 
 // Room for the segments of a histogram that a CTA sums for its cluster: kBins / 4 vectors, rounded
 // up by at most one vector per CTA. Area B also carries these segments and their totals.
 inline constexpr int kBinVectors = kBins / 4;
 inline constexpr int kClusterSegmentVectors = kBinVectors + kMaxClusterSize;
-inline constexpr int64_t kSumBytes =
-    (kClusterSegmentVectors + kBinVectors) * int64_t{kVectorBytes};
+inline constexpr int64_t kSumBytes = (kClusterSegmentVectors + kBinVectors) * int64_t{kVectorBytes};
 
 inline constexpr int64_t kHeaderBytes = 2048;
 // One spare bin, in a vector of its own, takes what does not count.
@@ -72,7 +68,7 @@ struct SmemLayout {
   int64_t bins;  // uint32[kBins]
   int64_t a;
   int64_t b;
-  int64_t own;        // from the start of the candidates: uint32[list_capacity], or the output
+  int64_t own;  // from the start of the candidates: uint32[list_capacity], or the output
   int64_t total_bytes;
 };
 
@@ -80,18 +76,22 @@ struct SmemLayout {
 constexpr SmemLayout MakeSmemLayout(int cluster_size, int num_stages, int64_t list_capacity,
                                     int64_t k) {
   const auto larger = [](int64_t x, int64_t y) { return x > y ? x : y; };
-  // Every CTA's segment of the gathered keys is padded to whole vectors; a CTA alone gathers nothing.
-  // The output is k positions and k keys; sorting needs a power of two of pairs.
+  // Every CTA's segment of the gathered keys is padded to whole vectors; a CTA alone gathers
+  // nothing. The output is k positions and k keys; sorting needs a power of two of pairs.
   const int64_t gathered_bytes = cluster_size == 1 ? 0 : (list_capacity + 4 * cluster_size) * 4;
   const int64_t own_bytes = larger(list_capacity * 4, NextPowerOfTwo(k) * 8);
   const int64_t candidates_bytes = gathered_bytes + own_bytes;
   SmemLayout layout{};
   layout.bins = kHeaderBytes;
   layout.a = AlignUp(layout.bins + kBinsBytes, 128);
-  layout.b = layout.a + AlignUp(larger(larger(TileRingBytes(num_stages), kMaxTileBytes), candidates_bytes), 128);
+  layout.b =
+      layout.a +
+      AlignUp(larger(larger(TileRingBytes(num_stages), kMaxTileBytes), candidates_bytes), 128);
   layout.own = gathered_bytes;
   layout.total_bytes =
-      layout.b + AlignUp(larger(larger(list_capacity * 8, cluster_size == 1 ? 0 : kSumBytes), candidates_bytes), 128);
+      layout.b + AlignUp(larger(larger(list_capacity * 8, cluster_size == 1 ? 0 : kSumBytes),
+                                candidates_bytes),
+                         128);
   return layout;
 }
 

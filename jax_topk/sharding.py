@@ -85,9 +85,11 @@ def sharded_top_k(
         ...     lambda row: sharded_top_k(row, 2, axis_name="seq"),
         ...     mesh=mesh, in_specs=jax.P("seq"), out_specs=jax.P(),
         ... )
-        >>> values, indices = jax.jit(select)(jnp.arange(8.0 * jax.device_count()) % 5)
+        >>> row = jnp.arange(16.0 * jax.device_count()) % 5
+        >>> row = jax.device_put(row, jax.NamedSharding(mesh, jax.P("seq")))
+        >>> values, indices = jax.jit(select)(row)
         >>> print(values, indices)
-        [4. 4.] [4 ...]
+        [4. 4.] [4 9]
     """
     axes = _axis_names(axis_name)
     aval = _operand_type("operand", operand)
@@ -179,14 +181,19 @@ def merge_top_k(
     Example:
         >>> import jax, jax.numpy as jnp
         >>> from jax_topk import merge_top_k, top_k
-        >>> mesh = jax.make_mesh((jax.device_count(),), ("seq",))
-        >>> def select(block):  # each device: every D-th element of the row
+        >>> num_devices = jax.device_count()
+        >>> mesh = jax.make_mesh((num_devices,), ("seq",))
+        >>> def select(block):  # device d holds the elements d, d + D, d + 2 D, ...
         ...     values, indices = top_k(block, 2)
-        ...     device, count = jax.lax.axis_index("seq"), jax.lax.axis_size("seq")
-        ...     return merge_top_k(values, indices * count + device, 2, axis_name="seq")
-        >>> values, _ = jax.shard_map(
-        ...     select, mesh=mesh, in_specs=jax.P("seq"), out_specs=jax.P()
-        ... )(jnp.arange(4.0 * jax.device_count()))
+        ...     indices = indices * num_devices + jax.lax.axis_index("seq")
+        ...     return merge_top_k(values, indices, 2, axis_name="seq")
+        >>> merge = jax.shard_map(select, mesh=mesh, in_specs=jax.P("seq"), out_specs=jax.P())
+        >>> row = jnp.arange(4.0 * num_devices)
+        >>> dealt = row.reshape(4, num_devices).T.reshape(-1)
+        >>> dealt = jax.device_put(dealt, jax.NamedSharding(mesh, jax.P("seq")))
+        >>> values, indices = jax.jit(merge)(dealt)
+        >>> print(values - row[indices], indices - row.size)
+        [0. 0.] [-1 -2]
     """
     axes = _axis_names(axis_name)
     aval = _operand_type("values", values)

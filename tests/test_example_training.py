@@ -198,7 +198,7 @@ class TestText:
         losses_of = jax.jit(text.sequence_losses, static_argnames=("config", "read"))
         dense, _ = losses_of(params, config, tokens, training.read_all)
         ways = text.reading_ways("xla", seed=0)
-        assert ways.keys() == {"DSA", "recency", "random", "oracle"}
+        assert ways.keys() == {"dense", "DSA", "recency", "random", "oracle"}
         for name in ("DSA", "oracle"):
             losses, _ = losses_of(params, config, tokens, ways[name])
             np.testing.assert_allclose(losses, dense, rtol=1e-4, err_msg=name)
@@ -208,8 +208,12 @@ class TestText:
         np.testing.assert_allclose(dense, expected, rtol=1e-3)
 
     def test_conclusions_say_who_wins(self):
-        table = {"DSA": [1.5, 1.2, 1.1], "recency": [1.6, 1.1, 1.1001]}
-        first, second, third = text.conclusions(1.0, table)
+        table = {
+            "dense": [1.0, 1.0, 1.0],
+            "DSA": [1.5, 1.2, 1.1],
+            "recency": [1.6, 1.1, 1.1001],
+        }
+        first, second, third = text.conclusions(table)
         assert first == (
             "k = 8: DSA beats recency by 0.100 nats per byte; DSA is +0.500 from dense."
         )

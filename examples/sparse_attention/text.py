@@ -5,11 +5,18 @@
     python -m examples.sparse_attention.text
 
 A byte-level language model of two DSA layers is trained on the sources of Python's standard
-library: first with dense attention, then its indexers to imitate that attention. The loss on
-modules it has never seen is then measured with the same weights for every way of choosing what a
-token reads: everything (dense), the indexer's best k (DSA), the last k (recency), k at random, and
-the k with the most dense attention (oracle), which no indexer that imitates attention can beat by
-much. Recency is a strong baseline on text, because most of what predicts the next byte is near.
+library with dense attention, its indexers beside it to imitate that attention. The loss on modules
+it has never seen is then measured for every way of choosing what a token reads:
+
+    dense       everything
+    DSA         the indexer's best k
+    recency     the last k
+    random      k at random
+    oracle      the k with the most dense attention: what a perfect indexer would choose
+
+first with the same weights for all, then after a few steps of training with each way of reading, as
+DeepSeek adapts a densely trained model to its sparse attention. Recency is a strong baseline on
+text, because most of what predicts the next byte is near; recall.py is about the rest.
 """
 
 from __future__ import annotations
@@ -19,6 +26,7 @@ import dataclasses
 import functools
 import sys
 import time
+from collections.abc import Iterator
 
 import jax
 import jax.numpy as jnp
@@ -78,11 +86,16 @@ def sequence_losses(
     return optax.softmax_cross_entropy_with_integer_labels(logits, tokens[1:]), divergence
 
 
-@functools.partial(jax.jit, static_argnames="optimizer", donate_argnums=(0, 1))
+@functools.partial(
+    jax.jit, static_argnames=("config", "read", "optimizer"), donate_argnames=("params", "state")
+)
 def train_step(
     params: model.Params,
     state: optax.OptState,
     tokens: Array,
+    *,
+    config: Config,
+    read: training.Mask,
     optimizer: optax.GradientTransformation,
 ) -> tuple[model.Params, optax.OptState, Array, Array]:
     """One step on `tokens` `[batch, LENGTH + 1]`; also returns mean loss and divergence.
@@ -93,7 +106,7 @@ def train_step(
 
     def objective(params: model.Params) -> tuple[Array, tuple[Array, Array]]:
         losses, divergences = jax.vmap(
-            lambda sequence: sequence_losses(params, CONFIG, sequence, training.read_all)
+            lambda sequence: sequence_losses(params, config, sequence, read)
         )(tokens)
         loss, divergence = losses.mean(), divergences.mean()
         return loss + divergence, (loss, divergence)
@@ -103,25 +116,42 @@ def train_step(
     return optax.apply_updates(params, updates), state, loss, divergence
 
 
-def train(steps: int, batch: int, seed: int) -> model.Params:
-    """Trains model and indexers, with a progress bar."""
+def random_batches(batch: int, seed: int) -> Iterator[Array]:
+    """Endless training batches `[batch, LENGTH + 1]`, the same for the same seed."""
     text, _ = split_corpus()
     rng = np.random.default_rng(seed)
+    while True:
+        yield jnp.asarray(windows(text, rng.integers(len(text) - LENGTH, size=batch)))
+
+
+def train_dense(steps: int, batch: int, seed: int) -> model.Params:
+    """Trains model and indexers from scratch, with a progress bar."""
     params = jax.jit(model.init_model, static_argnames="config")(jax.random.key(seed), CONFIG)
     schedule = optax.warmup_cosine_decay_schedule(0.0, 4e-3, min(50, steps // 4), steps, 4e-5)
     optimizer = optax.adam(schedule)
     state = optimizer.init(params)
-    losses: list[Array] = []
-    with tqdm(total=steps, desc="training", file=sys.stdout) as bar:
-        for step in range(1, steps + 1):
-            offsets = rng.integers(len(text) - LENGTH, size=batch)
-            tokens = jnp.asarray(windows(text, offsets))
-            params, state, loss, divergence = train_step(params, state, tokens, optimizer)
-            losses.append(loss)
+    with tqdm(total=steps, desc="training, dense", file=sys.stdout) as bar:
+        for step, tokens in zip(range(1, steps + 1), random_batches(batch, seed), strict=False):
+            params, state, loss, divergence = train_step(
+                params, state, tokens, config=CONFIG, read=training.read_all, optimizer=optimizer
+            )
             if step % 20 == 0 or step == steps:
-                mean = float(jnp.stack(losses[-20:]).mean())
-                bar.set_postfix(loss=f"{mean:.3f}", divergence=f"{float(divergence):.3f}")
+                bar.set_postfix(loss=f"{float(loss):.3f}", divergence=f"{float(divergence):.3f}")
                 bar.update(step - bar.n)
+    return params
+
+
+def adapt(
+    params: model.Params, config: Config, read: training.Mask, steps: int, batch: int, seed: int
+) -> model.Params:
+    """Goes on training for a few steps with one way of reading; every way sees the same text."""
+    params = jax.tree.map(jnp.copy, params)  # the steps take over their arguments' memory
+    optimizer = optax.adam(1e-3)
+    state = optimizer.init(params)
+    for _, tokens in zip(range(steps), random_batches(batch, seed), strict=False):
+        params, state, _, _ = train_step(
+            params, state, tokens, config=config, read=read, optimizer=optimizer
+        )
     return params
 
 
@@ -129,6 +159,7 @@ def reading_ways(implementation: selection.Implementation, seed: int) -> dict[st
     """The ways of choosing what a token reads, by name."""
     select = selection.select_top_k(implementation)
     return {
+        "dense": training.read_all,
         "DSA": training.read_selected(select),
         "recency": training.read_selected(selection.select_recent),
         "random": training.read_selected(selection.select_random(jax.random.key(seed))),
@@ -145,35 +176,45 @@ def late_losses(params: model.Params, config: Config, tokens: Array, read: train
     return losses[:, max(BUDGETS) :]
 
 
+Table = dict[str, list[float]]  # held-out loss by way of reading, one per budget
+
+
 def held_out_losses(
-    params: model.Params, sequences: int, ways: dict[str, training.Mask], seed: int
-) -> tuple[float, dict[str, list[float]]]:
-    """Mean held-out loss of dense attention, and of every way of reading by budget."""
+    params: model.Params, ways: dict[str, training.Mask], args: argparse.Namespace
+) -> tuple[Table, Table]:
+    """Mean held-out losses with the same weights for all, and after adapting to each."""
     _, text = split_corpus()
-    offsets = np.random.default_rng(seed).integers(len(text) - LENGTH, size=sequences)
+    offsets = np.random.default_rng(args.seed).integers(len(text) - LENGTH, size=args.sequences)
     tokens = jnp.asarray(windows(text, offsets))
-    dense = float(late_losses(params, CONFIG, tokens, training.read_all).mean())
-    table: dict[str, list[float]] = {name: [] for name in ways}
+    same: Table = {name: [] for name in ways}
+    adapted: Table = {name: [] for name in ways}
     cells = [(name, read, k) for name, read in ways.items() for k in BUDGETS]
-    for name, read, k in tqdm(cells, desc="held-out loss", file=sys.stdout):
-        config = dataclasses.replace(CONFIG, top_k=k)
-        table[name].append(float(late_losses(params, config, tokens, read).mean()))
-    return dense, table
+    with tqdm(cells, desc="adapting, held-out loss", file=sys.stdout) as bar:
+        for name, read, k in bar:
+            if name == "dense" and k != BUDGETS[0]:  # reads everything, whatever the budget
+                same[name].append(same[name][0])
+                adapted[name].append(adapted[name][0])
+                continue
+            config = dataclasses.replace(CONFIG, top_k=k)
+            same[name].append(float(late_losses(params, config, tokens, read).mean()))
+            own = adapt(params, config, read, args.adapt, args.batch, args.seed + 1)
+            adapted[name].append(float(late_losses(own, config, tokens, read).mean()))
+    return same, adapted
 
 
-def format_table(dense: float, table: dict[str, list[float]]) -> str:
+def format_table(table: Table) -> str:
     """Held-out loss by way of reading and budget."""
     rows = [f"{'':<10}" + "".join(f"{f'k = {k}':>10}" for k in BUDGETS)]
-    rows.append(f"{'dense':<10}" + f"{dense:>10.3f}" * len(BUDGETS))
     for name, losses in table.items():
         rows.append(f"{name:<10}" + "".join(f"{loss:>10.3f}" for loss in losses))
     return "\n".join(rows)
 
 
-def conclusions(dense: float, table: dict[str, list[float]]) -> list[str]:
-    """What the table says about DSA against recency, one sentence per budget."""
+def conclusions(table: Table) -> list[str]:
+    """What a table says about DSA against recency, one sentence per budget."""
     sentences = []
-    for k, dsa, recency in zip(BUDGETS, table["DSA"], table["recency"], strict=True):
+    rows = zip(BUDGETS, table["dense"], table["DSA"], table["recency"], strict=True)
+    for k, dense, dsa, recency in rows:
         if round(dsa, 3) == round(recency, 3):
             verdict = "DSA and recency are level"
         elif dsa < recency:
@@ -188,7 +229,8 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     """Reads the command line."""
     parser = command.new_parser("examples.sparse_attention.text", __doc__)
     command.add_implementation(parser)
-    parser.add_argument("--steps", type=int, default=600, help="training steps")
+    parser.add_argument("--steps", type=int, default=600, help="training steps, dense")
+    parser.add_argument("--adapt", type=int, default=30, help="training steps per way of reading")
     parser.add_argument(
         "--batch", type=int, default=8, help=f"sequences of {LENGTH} bytes per step"
     )
@@ -213,15 +255,16 @@ def demonstrate(args: argparse.Namespace) -> int:
         f"{len(text):,} bytes of Python {sys.version.split()[0]}'s standard library to train on, "
         f"{len(held_out):,} held out"
     )
-    params = train(args.steps, args.batch, args.seed)
+    params = train_dense(args.steps, args.batch, args.seed)
     ways = reading_ways(command.implementation_of(args.implementation), args.seed)
-    dense, table = held_out_losses(params, args.sequences, ways, args.seed)
-    print(
-        f"\nheld-out loss in nats per byte, over positions {max(BUDGETS)} to {LENGTH}, one set of "
-        "weights for all"
-    )
-    print(format_table(dense, table))
-    print("\n" + "\n".join(conclusions(dense, table)))
+    same, adapted = held_out_losses(params, ways, args)
+    print(f"\nheld-out loss in nats per byte, over positions {max(BUDGETS)} to {LENGTH}")
+    for title, table in (
+        ("same weights for all", same),
+        (f"after {args.adapt} more steps of training with each", adapted),
+    ):
+        print(f"\n{title}\n{format_table(table)}\n" + "\n".join(conclusions(table)))
+    print()
     device = next(iter(params["norm"].devices()))
     print(
         f"in all {time.perf_counter() - start:.0f} s, with jax {jax.__version__} on "

@@ -19,14 +19,14 @@ struct TopKArgs {
   void* values;            // [rows, k] or null
   int32_t* indices;        // [rows, k]
   int64_t width;
-  int32_t k;               // >= 1
+  int32_t k;  // >= 1
   bool is_smallest;
-  bool is_sorted;          // best first; otherwise ascending index
-  int32_t path;            // Path
+  bool is_sorted;  // best first; otherwise ascending index
+  int32_t path;    // Path
   int32_t cluster_size;
   uint64_t cluster_reciprocal;  // 2^32 / cluster_size, rounded up
   int32_t num_stages;
-  int32_t part_vectors;    // fewest vectors per CTA of a row that several share
+  int32_t part_vectors;  // fewest vectors per CTA of a row that several share
   int32_t list_capacity;
   SmemLayout layout;
 };

@@ -26,9 +26,8 @@ namespace {
 namespace nb = nanobind;
 // Checks what XLA passed and launches. `values` is null for the indices-only target.
 ffi::Error Run(cudaStream_t stream, ffi::AnyBuffer operand, ffi::Buffer<ffi::S32> starts,
-               ffi::Buffer<ffi::S32> lengths, ffi::AnyBuffer* values,
-               ffi::Buffer<ffi::S32> indices, bool is_smallest, bool is_sorted,
-               std::string_view plan) {
+               ffi::Buffer<ffi::S32> lengths, ffi::AnyBuffer* values, ffi::Buffer<ffi::S32> indices,
+               bool is_smallest, bool is_sorted, std::string_view plan) {
   Problem problem;
   ffi::Error refused = CheckBuffers(operand, starts, lengths, values, indices, &problem);
   if (refused.failure()) return refused;
@@ -58,11 +57,11 @@ ffi::Error Indices(cudaStream_t stream, ffi::AnyBuffer operand, ffi::Buffer<ffi:
 XLA_FFI_DEFINE_HANDLER(kValuesAndIndices, ValuesAndIndices,
                        ffi::Ffi::Bind()
                            .Ctx<ffi::PlatformStream<cudaStream_t>>()
-                           .Arg<ffi::AnyBuffer>()              // operand [*batch, width]
-                           .Arg<ffi::Buffer<ffi::S32>>()       // starts [*batch]
-                           .Arg<ffi::Buffer<ffi::S32>>()       // lengths [*batch]
-                           .Ret<ffi::AnyBuffer>()              // values [*batch, k]
-                           .Ret<ffi::Buffer<ffi::S32>>()       // indices [*batch, k]
+                           .Arg<ffi::AnyBuffer>()         // operand [*batch, width]
+                           .Arg<ffi::Buffer<ffi::S32>>()  // starts [*batch]
+                           .Arg<ffi::Buffer<ffi::S32>>()  // lengths [*batch]
+                           .Ret<ffi::AnyBuffer>()         // values [*batch, k]
+                           .Ret<ffi::Buffer<ffi::S32>>()  // indices [*batch, k]
                            .Attr<bool>("smallest")
                            .Attr<bool>("sorted")
                            .Attr<std::string_view>("plan"),
@@ -71,10 +70,10 @@ XLA_FFI_DEFINE_HANDLER(kValuesAndIndices, ValuesAndIndices,
 XLA_FFI_DEFINE_HANDLER(kIndices, Indices,
                        ffi::Ffi::Bind()
                            .Ctx<ffi::PlatformStream<cudaStream_t>>()
-                           .Arg<ffi::AnyBuffer>()              // operand [*batch, width]
-                           .Arg<ffi::Buffer<ffi::S32>>()       // starts [*batch]
-                           .Arg<ffi::Buffer<ffi::S32>>()       // lengths [*batch]
-                           .Ret<ffi::Buffer<ffi::S32>>()       // indices [*batch, k]
+                           .Arg<ffi::AnyBuffer>()         // operand [*batch, width]
+                           .Arg<ffi::Buffer<ffi::S32>>()  // starts [*batch]
+                           .Arg<ffi::Buffer<ffi::S32>>()  // lengths [*batch]
+                           .Ret<ffi::Buffer<ffi::S32>>()  // indices [*batch, k]
                            .Attr<bool>("smallest")
                            .Attr<bool>("sorted")
                            .Attr<std::string_view>("plan"),
@@ -90,11 +89,10 @@ Pointer DevicePointer(uint64_t address) {
 }
 
 std::vector<double> GraphChain(const std::string& kind, const std::vector<uint64_t>& operands,
-                               uint64_t starts,
-                               uint64_t lengths, uint64_t values, uint64_t indices, int64_t rows,
-                               int64_t width, int64_t k, const std::string& dtype, bool smallest,
-                               bool sorted, const std::string& plan, int launches, int replays,
-                               int device) {
+                               uint64_t starts, uint64_t lengths, uint64_t values, uint64_t indices,
+                               int64_t rows, int64_t width, int64_t k, const std::string& dtype,
+                               bool smallest, bool sorted, const std::string& plan, int launches,
+                               int replays, int device) {
   if (launches < 1 || replays < 1 || operands.empty()) {
     throw nb::value_error("launches, replays and the number of operands must be at least 1");
   }
@@ -124,10 +122,9 @@ std::vector<double> GraphChain(const std::string& kind, const std::vector<uint64
   {
     nb::gil_scoped_release unlocked;
     const cudaError_t status = cudaSetDevice(device);
-    error = status == cudaSuccess
-                ? TimeGraphChain(launch, launches, replays, &microseconds)
-                : "selecting device " + std::to_string(device) +
-                      " failed: " + cudaGetErrorString(status);
+    error = status == cudaSuccess ? TimeGraphChain(launch, launches, replays, &microseconds)
+                                  : "selecting device " + std::to_string(device) +
+                                        " failed: " + cudaGetErrorString(status);
   }
   if (!error.empty()) throw std::runtime_error(error);
   return microseconds;
@@ -182,8 +179,8 @@ NB_MODULE(_cuda, module) {
       "graph_chain",
       [](const std::string& kind, nb::object operand, uint64_t starts, uint64_t lengths,
          uint64_t values, uint64_t indices, int64_t rows, int64_t width, int64_t k,
-         const std::string& dtype, bool smallest, bool sorted, const std::string& plan, int launches,
-         int replays, int device) {
+         const std::string& dtype, bool smallest, bool sorted, const std::string& plan,
+         int launches, int replays, int device) {
         std::vector<uint64_t> operands;
         if (nb::isinstance<nb::int_>(operand)) {
           operands.push_back(nb::cast<uint64_t>(operand));
@@ -198,7 +195,8 @@ NB_MODULE(_cuda, module) {
       nb::arg("smallest"), nb::arg("sorted"), nb::arg("plan"), nb::arg("launches"),
       nb::arg("replays"), nb::arg("device"),
       "Microseconds per launch for each replay of one CUDA graph of `launches` launches.\n\n"
-      "Buffers are device addresses; 0 stands for no values. `operand` is one address, or a list of\n"
+      "Buffers are device addresses; 0 stands for no values. `operand` is one address, or a list "
+      "of\n"
       "them that the launches take in turn. kind: top_k, empty or read.");
 }
 

@@ -63,16 +63,16 @@ static_assert(sizeof(SharedHeader) <= kHeaderBytes, "the header outgrew its plac
 // One CTA at work on one row.
 struct Cta {
   SharedHeader* header;
-  uint32_t* bins;            // [kBins], all zero between uses, and a spare bin behind them
-  unsigned char* tiles;      // area A
-  uint2* list;               // area B: (key, position) of kept elements, ascending position
-  unsigned char* sums;       // area B: histograms of the cluster
-  uint32_t* gathered;        // candidate keys of the whole row
-  unsigned char* own;        // own candidate keys, later the staged output or the pairs to sort
+  uint32_t* bins;        // [kBins], all zero between uses, and a spare bin behind them
+  unsigned char* tiles;  // area A
+  uint2* list;           // area B: (key, position) of kept elements, ascending position
+  unsigned char* sums;   // area B: histograms of the cluster
+  uint32_t* gathered;    // candidate keys of the whole row
+  unsigned char* own;    // own candidate keys, later the staged output or the pairs to sort
   int thread, lane, warp;
-  int rank;                  // of this CTA among the CTAs of its row
-  int num_active;            // CTAs that share the row
-  uint32_t num_scans;        // alternates the scan's scratch, see BlockScan
+  int rank;            // of this CTA among the CTAs of its row
+  int num_active;      // CTAs that share the row
+  uint32_t num_scans;  // alternates the scan's scratch, see BlockScan
 };
 
 __device__ __forceinline__ Cta MakeCta(const TopKArgs& args) {
@@ -136,9 +136,9 @@ __device__ __forceinline__ void ClearBins(const Cta& cta) {
 
 // How a histogram's bins are ordered in memory.
 enum class BinOrder {
-  kFromTop,       // bin 0 holds the largest keys (linear bins)
-  kRawLargest,    // coarse bins, by bits, when the largest values are wanted
-  kRawSmallest,   // the same when the smallest are
+  kFromTop,      // bin 0 holds the largest keys (linear bins)
+  kRawLargest,   // coarse bins, by bits, when the largest values are wanted
+  kRawSmallest,  // the same when the smallest are
 };
 
 // Finds the bins that hold two ranks (1-based, from the top; clamped to 1 .. total). In: complete
@@ -187,9 +187,8 @@ __device__ __forceinline__ uint32_t FindRankBins(Cta& cta, BinOrder order, uint3
           slot = j;
         }
       }
-      cta.header->found[i] =
-          make_uint4(kBinsPerThread * static_cast<uint32_t>(cta.thread) + slot, scan.before + before,
-                     inside, 0);
+      cta.header->found[i] = make_uint4(kBinsPerThread * static_cast<uint32_t>(cta.thread) + slot,
+                                        scan.before + before, inside, 0);
     }
   }
   SyncThreads();  // the found bins before their reads; the cleared bins before the next counts
@@ -210,9 +209,12 @@ struct LinearBins {
     const int bits = 32 - __clz(range);
     shift = bits > kBinBits ? bits - kBinBits : 0;
   }
-  __device__ __forceinline__ uint32_t FromTop(uint32_t key) const { return (highest - key) >> shift; }
+  __device__ __forceinline__ uint32_t FromTop(uint32_t key) const {
+    return (highest - key) >> shift;
+  }
   // The keys of bins `first` .. `last` (from the top) within `outer`.
-  __device__ __forceinline__ Bracket Keys(uint32_t first, uint32_t last, const Bracket& outer) const {
+  __device__ __forceinline__ Bracket Keys(uint32_t first, uint32_t last,
+                                          const Bracket& outer) const {
     Bracket keys;
     keys.highest = highest - (first << shift);
     const uint32_t depth = (last << shift) + ((1u << shift) - 1);

@@ -41,7 +41,7 @@ struct SampleRanks {
 // What the bracket is for.
 struct BracketGoal {
   SampleRanks ranks;
-  float scale;         // elements of the row per visited element
+  float scale;          // elements of the row per visited element
   uint32_t open_limit;  // most elements of the row that the bracket may hold
 };
 
@@ -51,8 +51,8 @@ __device__ __forceinline__ BracketGoal ExactGoal(uint32_t k, uint32_t open_limit
 }
 
 // The goal for a sample of `sample_size` out of `population`.
-__device__ __forceinline__ BracketGoal SampleGoal(uint32_t k, uint32_t population, uint32_t sample_size,
-                                         uint32_t open_limit) {
+__device__ __forceinline__ BracketGoal SampleGoal(uint32_t k, uint32_t population,
+                                                  uint32_t sample_size, uint32_t open_limit) {
   BracketGoal goal;
   goal.scale = FastDivide(static_cast<float>(population), static_cast<float>(sample_size));
   const float expected = FastDivide(static_cast<float>(k), goal.scale);
@@ -64,8 +64,8 @@ __device__ __forceinline__ BracketGoal SampleGoal(uint32_t k, uint32_t populatio
 }
 
 // Counts a vector's elements by coarse bin. One instruction per count: the hardware adds the lanes
-// that meet in a bin (ATOMS.POPC.INC). What does not count goes to a spare bin, which is cheaper than
-// a branch.
+// that meet in a bin (ATOMS.POPC.INC). What does not count goes to a spare bin, which is cheaper
+// than a branch.
 template <typename T>
 __device__ __forceinline__ void CountCoarse(Cta& cta, const uint4& vector, uint32_t valid) {
 #pragma unroll
@@ -141,8 +141,8 @@ __device__ __forceinline__ bool IsCrowded(const Estimate& estimate, const Bracke
 // Narrows a crowded bracket by histograms over the range that its visited elements occupy.
 template <typename T, typename VisitAll>
 __device__ __forceinline__ Estimate RefineEstimate(Cta cta, const BracketGoal goal, uint32_t flip,
-                                      bool is_open_above, bool is_open_below, Estimate result,
-                                      VisitAll visit_all) {
+                                                   bool is_open_above, bool is_open_below,
+                                                   Estimate result, VisitAll visit_all) {
 #pragma unroll 1
   for (int i = 0; i < kMaxRefinements && IsCrowded(result, goal); ++i) {
     const Bracket outer = OccupiedRange<T>(cta, result.bracket, flip, visit_all);
@@ -166,14 +166,15 @@ __device__ __forceinline__ Estimate RefineEstimate(Cta cta, const BracketGoal go
     if (!is_open_above) result.bracket.highest = split.highest;
     if (!is_open_above) result.above = above + high.above;
     result.inside = above + low.above + low.inside - result.above;
-    // Few values with many ties each, and the ranks fall on several of them: only exact counts help.
+    // Few values with many ties each, and the ranks fall on several of them: only exact counts
+    // help.
     if (result.inside == inside) break;
   }
   return result;
 }
 
-// `visit_all(visit)` calls visit(vector, valid) for this thread's share of the elements, a vector at a
-// time, and may be called several times; at least one element is visited by some thread. The
+// `visit_all(visit)` calls visit(vector, valid) for this thread's share of the elements, a vector
+// at a time, and may be called several times; at least one element is visited by some thread. The
 // histogram is zero on entry and on exit. All threads return the same.
 template <typename T, typename VisitAll>
 __device__ __forceinline__ Estimate EstimateBracket(Cta& cta, const BracketGoal& goal,
@@ -232,8 +233,8 @@ __device__ __forceinline__ void VisitSample(int thread, const RowWindow& window,
           const uint32_t jitter = (piece * 0x9E3779B1u) >> 16;  // golden ratio hash
           const uint64_t place = (piece << 16) + jitter;        // piece < 2^14
           const uint32_t span = max(window.num_vectors - (kSamplePiece - 1), 1);
-          const int32_t index =
-              static_cast<int32_t>((place * span) >> shift) + static_cast<int32_t>(i % kSamplePiece);
+          const int32_t index = static_cast<int32_t>((place * span) >> shift) +
+                                static_cast<int32_t>(i % kSamplePiece);
           return index < window.num_vectors ? index : -1;
         },
         visit);

@@ -25,13 +25,14 @@ struct RowCounts {
   uint32_t open;
   uint32_t certain_before;
   uint32_t open_before;
-  uint32_t padded_open;         // with every CTA's share padded to whole vectors
+  uint32_t padded_open;  // with every CTA's share padded to whole vectors
   uint32_t padded_open_before;
 };
 
 // Tells every CTA of the row what this one counted. `parity`: 0 for a row's first exchange, then
 // alternating. All earlier accesses to tiles and list must be ordered by a barrier before.
-__device__ __forceinline__ RowCounts ExchangeCounts(Cta& cta, const PartCounts& mine, uint32_t parity) {
+__device__ __forceinline__ RowCounts ExchangeCounts(Cta& cta, const PartCounts& mine,
+                                                    uint32_t parity) {
   if (cta.num_active == 1) return RowCounts{mine.certain, mine.open, 0, 0, mine.open, 0};
   SharedHeader* header = cta.header;
   if (cta.thread == 0) {
@@ -57,7 +58,8 @@ __device__ __forceinline__ RowCounts ExchangeCounts(Cta& cta, const PartCounts& 
 
 // Copies the open keys of the list to cta.own, in any order. In: the complete list, ordered by a
 // barrier; the header's counter is zero. Ends without a barrier.
-__device__ __forceinline__ void ExtractOpenKeys(Cta& cta, uint32_t num_listed, uint32_t highest_open) {
+__device__ __forceinline__ void ExtractOpenKeys(Cta& cta, uint32_t num_listed,
+                                                uint32_t highest_open) {
   uint32_t* own = reinterpret_cast<uint32_t*>(cta.own);
   for (uint32_t first = cta.warp * 32; first < num_listed; first += kThreads) {
     const uint32_t entry = first + cta.lane;
@@ -73,7 +75,8 @@ __device__ __forceinline__ void ExtractOpenKeys(Cta& cta, uint32_t num_listed, u
 
 // Gives every CTA of the row the open keys of all: cta.gathered then holds them by CTA, each CTA's
 // share in any order and padded with zeros. In: own open keys complete, ordered by a barrier.
-__device__ __forceinline__ void GatherCandidates(Cta& cta, const PartCounts& mine, const RowCounts& row) {
+__device__ __forceinline__ void GatherCandidates(Cta& cta, const PartCounts& mine,
+                                                 const RowCounts& row) {
   if (cta.thread == 0) {
     BarrierExpect(&cta.header->candidates_barrier, row.padded_open * sizeof(uint32_t));
   }
@@ -81,8 +84,8 @@ __device__ __forceinline__ void GatherCandidates(Cta& cta, const PartCounts& min
   // A warp per peer, starting with the CTA's own number, so that not all begin with CTA 0.
 #pragma unroll 1
   for (int turn = cta.warp; turn < cta.num_active; turn += kWarps) {
-    const int peer = turn + cta.rank < cta.num_active ? turn + cta.rank
-                                                      : turn + cta.rank - cta.num_active;
+    const int peer =
+        turn + cta.rank < cta.num_active ? turn + cta.rank : turn + cta.rank - cta.num_active;
     const uint32_t to = RemoteAddress(cta.gathered + row.padded_open_before, peer);
     const uint32_t barrier = RemoteAddress(&cta.header->candidates_barrier, peer);
 #pragma unroll 1
@@ -105,7 +108,7 @@ __device__ __forceinline__ void SumBins(Cta& cta, uint32_t parity) {
   const int own_first = min(each * cta.rank, kBinVectors);
   const int own_count = min(own_first + each, kBinVectors) - own_first;
   uint4* received = reinterpret_cast<uint4*>(cta.sums);  // [num_active][each]
-  uint4* totals = received + kClusterSegmentVectors;      // [kBinVectors]
+  uint4* totals = received + kClusterSegmentVectors;     // [kBinVectors]
   SharedHeader* header = cta.header;
   if (cta.thread == 0) {
     BarrierExpect(&header->segments_barrier, cta.num_active * own_count * kVectorBytes);

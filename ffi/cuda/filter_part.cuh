@@ -122,8 +122,8 @@ __device__ __forceinline__ void FilterTile(Cta& cta, const Run& run, const Filte
 #pragma unroll 1
   for (; kept != 0; kept &= kept - 1) {
     const int32_t i = __ffs(kept) - 1;
-    cta.list[place++] = make_uint2(KeyInRun<T>(run, i, goal.flip),
-                                   static_cast<uint32_t>(run.position + i));
+    cta.list[place++] =
+        make_uint2(KeyInRun<T>(run, i, goal.flip), static_cast<uint32_t>(run.position + i));
   }
 }
 
@@ -131,7 +131,7 @@ __device__ __forceinline__ void FilterTile(Cta& cta, const Run& run, const Filte
 // that does not exist.
 template <typename T>
 __device__ __forceinline__ void StartTile(const Cta& cta, const RowWindow& window, const Part& part,
-                                 int32_t index, int slot) {
+                                          int32_t index, int slot) {
   const int64_t first = part.first + int64_t{index} * (kThreads * T::kStreamVectors);
   if (first < part.last) {
     const int32_t last = min(static_cast<int32_t>(first) + kThreads * T::kStreamVectors, part.last);
@@ -143,8 +143,8 @@ __device__ __forceinline__ void StartTile(const Cta& cta, const RowWindow& windo
 
 // Starts the first tiles of a part, to be filtered by FilterStream.
 template <typename T>
-__device__ __forceinline__ void StartStream(const Cta& cta, const RowWindow& window, const Part& part,
-                                   int num_stages) {
+__device__ __forceinline__ void StartStream(const Cta& cta, const RowWindow& window,
+                                            const Part& part, int num_stages) {
 #pragma unroll 1
   for (int i = 0; i < num_stages - 1; ++i) StartTile<T>(cta, window, part, i, i);
 }
@@ -152,8 +152,9 @@ __device__ __forceinline__ void StartStream(const Cta& cta, const RowWindow& win
 // Filters a part whose first tiles StartStream has started. Ends in a barrier: the list is
 // complete, the tiles are dead.
 template <typename T>
-__device__ __forceinline__ ListState FilterStream(Cta& cta, const RowWindow& window, const Part& part,
-                                         int num_stages, const FilterGoal& goal) {
+__device__ __forceinline__ ListState FilterStream(Cta& cta, const RowWindow& window,
+                                                  const Part& part, int num_stages,
+                                                  const FilterGoal& goal) {
   ListState state{{0, 0}, 0};
   int slot = 0;
 #pragma unroll 1
@@ -168,9 +169,10 @@ __device__ __forceinline__ ListState FilterStream(Cta& cta, const RowWindow& win
     SyncThreads();  // this tile's copies before its reads; the last tile's reads before its refill
     StartTile<T>(cta, window, part, index + num_stages - 1, slot == 0 ? num_stages - 1 : slot - 1);
     const unsigned char* tile = cta.tiles + slot * (kThreads * T::kStreamVectors * kVectorBytes);
-    FilterTile<T>(cta,
-                  MakeRun<T>(cta, window, static_cast<int32_t>(first), part.last, T::kStreamVectors, tile),
-                  goal, &state);
+    FilterTile<T>(
+        cta,
+        MakeRun<T>(cta, window, static_cast<int32_t>(first), part.last, T::kStreamVectors, tile),
+        goal, &state);
     slot = slot + 1 == num_stages ? 0 : slot + 1;
   }
   CopyAsyncWait<0>();

@@ -28,8 +28,8 @@ struct Candidates {
   uint32_t num_before;  // the first so many belong to the CTAs before this one
 };
 
-// Ranks `num` <= 32 keys; by one whole warp. `rank` is 1-based. `is_before` tells whether the key of
-// this lane belongs to a CTA before this one.
+// Ranks `num` <= 32 keys; by one whole warp. `rank` is 1-based. `is_before` tells whether the key
+// of this lane belongs to a CTA before this one.
 __device__ __forceinline__ void RankFinalists(const Cta& cta, const uint32_t* keys, uint32_t num,
                                               bool is_before, uint32_t rank) {
   const bool is_finalist = static_cast<uint32_t>(cta.lane) < num;
@@ -62,7 +62,8 @@ __device__ __forceinline__ Pivot ReadPivot(const SharedHeader* header) {
 
 // Calls visit(key, index) for this thread's share of the candidates.
 template <typename Visit>
-__device__ __forceinline__ void VisitCandidates(const Cta& cta, const Candidates& candidates, Visit visit) {
+__device__ __forceinline__ void VisitCandidates(const Cta& cta, const Candidates& candidates,
+                                                Visit visit) {
 #pragma unroll 1
   for (uint32_t i = cta.thread; i < candidates.count; i += kThreads) visit(candidates.keys[i], i);
 }
@@ -71,7 +72,7 @@ __device__ __forceinline__ void VisitCandidates(const Cta& cta, const Candidates
 // at most `inside`. In: candidates ordered by a barrier; the header's counters are zero. Ends in a
 // barrier.
 __device__ __forceinline__ Pivot FindPivot(Cta& cta, const Candidates& candidates, Bracket bracket,
-                                  uint32_t inside, uint32_t rank) {
+                                           uint32_t inside, uint32_t rank) {
   SharedHeader* header = cta.header;
   if (candidates.count <= kMaxFinalists) {
     const bool is_before = static_cast<uint32_t>(cta.lane) < candidates.num_before;

@@ -3,8 +3,8 @@
 // Per row, on the device, by its length:
 //   copy      length <= k: everything is selected
 //   short     one CTA holds the row in shared memory and histograms all of it
-//   medium    one or several CTAs guess a bracket of keys from a sample; each CTA's part fits a tile
-//   long      the same, but parts are streamed through a ring of tiles
+//   medium    one or several CTAs guess a bracket of keys from a sample; each CTA's part fits a
+//   tile long      the same, but parts are streamed through a ring of tiles
 // Medium and long rows are counted against the bracket, the CTAs exchange exact counts, and the
 // guess is verified; where it failed, the exact path narrows the bracket by exact histograms. Then
 // the k-th key is found among the few elements inside the bracket, and each CTA writes the selected
@@ -69,8 +69,8 @@ __device__ __forceinline__ void InitCta(const Cta& cta) {
 // open keys complete in cta.own, ordered by a barrier.
 template <typename T, typename Source>
 __device__ __forceinline__ void FinishRow(Cta& cta, const TopKArgs& args, const Source& source,
-                                 const Bracket& bracket, const PartCounts& mine,
-                                 const RowCounts& row, const RowOutput<T>& output) {
+                                          const Bracket& bracket, const PartCounts& mine,
+                                          const RowCounts& row, const RowOutput<T>& output) {
   const uint32_t k = static_cast<uint32_t>(args.k);
   const uint32_t rank = k - row.certain;
   Selection selection{bracket.lowest, rank, row.certain_before, row.open_before, true, k};
@@ -122,9 +122,8 @@ __device__ __forceinline__ void SelectShortRow(Cta& cta, const TopKArgs& args,
   const uint32_t capacity = static_cast<uint32_t>(args.list_capacity);
   const Estimate estimate =
       EstimateBracket<T>(cta, ExactGoal(k, capacity), output.flip, [&](auto visit) {
-        VisitRun<T>(run, [&](const uint4& vector, int32_t first) {
-          visit(vector, run.valid >> first);
-        });
+        VisitRun<T>(run,
+                    [&](const uint4& vector, int32_t first) { visit(vector, run.valid >> first); });
       });
   source.masks = MakeMasks<T>(run, estimate.bracket, output.flip);
   CollectOpenKeys<T>(cta, run, source.masks,
@@ -136,8 +135,9 @@ __device__ __forceinline__ void SelectShortRow(Cta& cta, const TopKArgs& args,
 
 // The bracket of a long row, before any exact count.
 template <typename T>
-__device__ __forceinline__ Bracket GuessBracket(Cta& cta, const TopKArgs& args, const RowWindow& window,
-                                       const Part& part, uint32_t flip) {
+__device__ __forceinline__ Bracket GuessBracket(Cta& cta, const TopKArgs& args,
+                                                const RowWindow& window, const Part& part,
+                                                uint32_t flip) {
   const uint32_t k = static_cast<uint32_t>(args.k);
   const uint32_t length = static_cast<uint32_t>(window.length);
   const uint32_t open_limit = args.list_capacity - k;
@@ -148,9 +148,8 @@ __device__ __forceinline__ Bracket GuessBracket(Cta& cta, const TopKArgs& args, 
   }
   const int num_samples = SampleVectors<T>(window);
   const BracketGoal goal = SampleGoal(k, length, num_samples * T::kPerVector, open_limit);
-  const Estimate estimate = EstimateBracket<T>(cta, goal, flip, [&](auto visit) {
-    VisitSample<T>(cta.thread, window, num_samples, visit);
-  });
+  const Estimate estimate = EstimateBracket<T>(
+      cta, goal, flip, [&](auto visit) { VisitSample<T>(cta.thread, window, num_samples, visit); });
   if (cta.num_active > 1) ClusterWait();
   return estimate.bracket;
 }
@@ -178,8 +177,8 @@ __device__ __forceinline__ void SelectResidentRow(Cta& cta, const TopKArgs& args
   CopyAsyncCommit();
   if (cta.num_active > 1) JoinCluster(cta);
   PlaceCandidates(cta, args, /*has_list=*/false);
-  TileSource<T> source{MakeRun<T>(cta, window, part.first, part.last, per_thread, cta.tiles),
-                       {0, 0}, output.flip};
+  TileSource<T> source{
+      MakeRun<T>(cta, window, part.first, part.last, per_thread, cta.tiles), {0, 0}, output.flip};
   SyncThreads();  // the cleared histogram before its use
   Bracket bracket = GuessBracket<T>(cta, args, window, part, output.flip);
   CopyAsyncWait<0>();
@@ -285,9 +284,8 @@ __device__ __forceinline__ void SelectRow(const TopKArgs& args) {
   const bool is_forced_short =
       args.path == static_cast<int>(Path::kShort) || window.length <= args.k;
   // Beyond four vectors per thread, sharing the row beats one busy CTA, where there are others.
-  const int32_t short_vectors = args.cluster_size > 1 && !is_forced_short
-                                    ? min(kThreads * 4, kTileVectors)
-                                    : kTileVectors;
+  const int32_t short_vectors =
+      args.cluster_size > 1 && !is_forced_short ? min(kThreads * 4, kTileVectors) : kTileVectors;
   if ((args.path == static_cast<int>(Path::kAuto) || is_forced_short) &&
       window.num_vectors <= short_vectors) {
     if (cta.rank == 0) SelectShortRow<T>(cta, args, window, output);
@@ -295,8 +293,8 @@ __device__ __forceinline__ void SelectRow(const TopKArgs& args) {
   }
   const int32_t each = VectorsPerCta(args, window.num_vectors);
   // CTAs whose part is not empty.
-  cta.num_active = __popc(WarpBallot(cta.lane < args.cluster_size &&
-                                     int64_t{each} * cta.lane < window.num_vectors));
+  cta.num_active = __popc(
+      WarpBallot(cta.lane < args.cluster_size && int64_t{each} * cta.lane < window.num_vectors));
   if (cta.rank >= cta.num_active) return;
   Part part;
   part.first = each * cta.rank;

@@ -9,8 +9,8 @@
 namespace jax_topk {
 namespace {
 
-// Two CTAs per SM: while one waits for memory or a barrier the other works, and a cluster of 16 or 8
-// finds room where one CTA per SM would leave it waiting.
+// Two CTAs per SM: while one waits for memory or a barrier the other works, and a cluster of 16 or
+// 8 finds room where one CTA per SM would leave it waiting.
 template <typename T>
 __global__ void __launch_bounds__(kThreads, 2) TopKKernel(const __grid_constant__ TopKArgs args) {
   SelectRow<T>(args);
@@ -50,17 +50,20 @@ std::string QueryDevice(int device, DeviceLimits* limits) {
     error = cudaDeviceGetAttribute(&limits->num_sms, cudaDevAttrMultiProcessorCount, device);
   }
   if (error == cudaSuccess) {
-    error = cudaDeviceGetAttribute(&smem_per_block, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+    error =
+        cudaDeviceGetAttribute(&smem_per_block, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
   }
   if (error == cudaSuccess) {
-    error = cudaDeviceGetAttribute(&smem_per_sm, cudaDevAttrMaxSharedMemoryPerMultiprocessor, device);
+    error =
+        cudaDeviceGetAttribute(&smem_per_sm, cudaDevAttrMaxSharedMemoryPerMultiprocessor, device);
   }
   if (error != cudaSuccess) return Describe("reading the device attributes", error);
   limits->smem_per_block_bytes = smem_per_block;
   limits->smem_per_sm_bytes = smem_per_sm;
   limits->max_cluster_size = 1;
   for (Kernel kernel : kKernels) {
-    error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, smem_per_block);
+    error =
+        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, smem_per_block);
     if (error != cudaSuccess) return Describe("raising the kernel's shared memory limit", error);
   }
   if (major < 9) return "";

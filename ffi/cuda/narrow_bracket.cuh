@@ -29,7 +29,7 @@ constexpr int kVectorsAtOnce = 4;
 // What the exact counts of a bracket that failed still say.
 template <typename T>
 __device__ __forceinline__ KnownBracket LearnFromFailure(const Bracket& guess, const RowCounts& row,
-                                                uint32_t k, uint32_t length) {
+                                                         uint32_t k, uint32_t length) {
   if (row.certain >= k) return {{guess.highest + 1, T::kMaxKey}, 0, row.certain};
   const uint32_t reached = row.certain + row.open;
   if (reached < k) return {{0, guess.lowest - 1}, reached, length - reached};
@@ -38,8 +38,8 @@ __device__ __forceinline__ KnownBracket LearnFromFailure(const Bracket& guess, c
 
 template <typename T>
 __device__ __forceinline__ Bracket NarrowBracket(Cta cta, const RowWindow window, const Part part,
-                                    uint32_t flip, uint32_t k, uint32_t open_limit,
-                                    KnownBracket known) {
+                                                 uint32_t flip, uint32_t k, uint32_t open_limit,
+                                                 KnownBracket known) {
   for (uint32_t round = 0; known.inside > open_limit && !known.keys.IsSingleKey(); ++round) {
     const LinearBins bins(known.keys);
     const auto visit_part = [&](auto visit) {

@@ -5,9 +5,9 @@
 // reverses the order exactly (key(b ^ sign) = ~key(b)), so that every later step looks for the
 // largest keys. Both directions are bijections: values are recovered bit for bit.
 //
-// Integer instructions run at half rate on these GPUs (64 lanes per SM and cycle), so the two passes
-// over all elements avoid keys: RawRange compares bits directly, and coarse bins are computed for
-// two elements at a time from their upper 16 bits.
+// Integer instructions run at half rate on these GPUs (64 lanes per SM and cycle), so the two
+// passes over all elements avoid keys: RawRange compares bits directly, and coarse bins are
+// computed for two elements at a time from their upper 16 bits.
 
 #ifndef JAX_TOPK_CUDA_ORDERED_KEY_CUH_
 #define JAX_TOPK_CUDA_ORDERED_KEY_CUH_
@@ -58,8 +58,9 @@ struct KeyOrder {
 };
 
 // The elements with keys from `lowest` up, as a range of their bits: bits - first <= span, modulo
-// the word. From the top of the order down, bits fall from the largest word of the upper sign to its
-// zero, then rise from the other sign's zero, so that an upper set is one range modulo the word.
+// the word. From the top of the order down, bits fall from the largest word of the upper sign to
+// its zero, then rise from the other sign's zero, so that an upper set is one range modulo the
+// word.
 template <typename T>
 struct RawRange {
   uint32_t first;
@@ -94,8 +95,8 @@ struct FloatSteps {
 
   // Four times the step of each half, plus a rest below 4.
   __device__ __forceinline__ static uint32_t Fourfold(uint32_t halves) {
-    const uint32_t above = AddMaxHalves(halves & BothHalves(0x7fff),
-                                        BothHalves(0x10000 - kFirst), 0);
+    const uint32_t above =
+        AddMaxHalves(halves & BothHalves(0x7fff), BothHalves(0x10000 - kFirst), 0);
     return MinHalves(above, BothHalves(4 * kHalfBins - 1));
   }
   // The smallest magnitude (upper half) of a step.

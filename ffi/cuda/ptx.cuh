@@ -58,7 +58,8 @@ __device__ __forceinline__ uint4 LoadReadOnly(const uint4* pointer) { return __l
 __device__ __forceinline__ float FastDivide(float a, float b) { return __fdividef(a, b); }
 __device__ __forceinline__ float FastSquareRoot(float a) { return a * rsqrtf(a); }
 
-// --- Pairs of 16-bit values in one register (single instructions on sm_90) ------------------------
+// --- Pairs of 16-bit values in one register (single instructions on sm_90)
+// ------------------------
 
 // The upper halves of two words, the first one's in the lower half.
 __device__ __forceinline__ uint32_t UpperHalves(uint32_t first, uint32_t second) {
@@ -111,10 +112,10 @@ __device__ __forceinline__ void BarrierInitFence() {
 // The single arrival of a phase: the phase ends once `bytes` more have been written.
 __device__ __forceinline__ void BarrierExpect(MBarrier* barrier, uint32_t bytes) {
 #if JAX_TOPK_HAS_CLUSTERS
-  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(
-                   SharedAddress(barrier)),
-               "r"(bytes)
-               : "memory");
+  asm volatile(
+      "mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(SharedAddress(barrier)),
+      "r"(bytes)
+      : "memory");
 #endif
 }
 // Waits for the end of the phase of this parity, and for what its writers wrote.
@@ -161,8 +162,8 @@ __device__ __forceinline__ uint32_t RemoteAddress(const void* local, int rank) {
 __device__ __forceinline__ void SendAsync(uint32_t remote, uint2 value, uint32_t remote_barrier) {
 #if JAX_TOPK_HAS_CLUSTERS
   asm volatile(
-      "st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v2.b32 [%0], {%1, %2}, [%3];" ::"r"(
-          remote),
+      "st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v2.b32 [%0], {%1, %2}, [%3];" ::
+          "r"(remote),
       "r"(value.x), "r"(value.y), "r"(remote_barrier)
       : "memory");
 #endif
@@ -177,7 +178,8 @@ __device__ __forceinline__ void SendAsync(uint32_t remote, uint4 value, uint32_t
 #endif
 }
 
-// --- Warp-wide operations; all 32 lanes take part -------------------------------------------------
+// --- Warp-wide operations; all 32 lanes take part
+// -------------------------------------------------
 
 __device__ __forceinline__ uint32_t WarpShiftUp(uint32_t value, int delta) {
   return __shfl_up_sync(0xffffffffu, value, delta);

@@ -19,10 +19,10 @@ struct RowWindow {
   const unsigned char* vectors;  // address of vector 0, a multiple of 16
   const unsigned char* begin;    // the operand's bytes
   const unsigned char* end;
-  int32_t length;                // valid elements, 0 .. width
-  int32_t skew;                  // elements of vector 0 before the window
-  int32_t num_vectors;           // that cover the window
-  bool leaves_operand;           // some vector reaches outside [begin, end)
+  int32_t length;       // valid elements, 0 .. width
+  int32_t skew;         // elements of vector 0 before the window
+  int32_t num_vectors;  // that cover the window
+  bool leaves_operand;  // some vector reaches outside [begin, end)
 };
 
 // The window [start, start + length) of a row. `start` and `length` are clamped.
@@ -34,7 +34,8 @@ __device__ __forceinline__ RowWindow MakeWindow(const TopKArgs& args, int64_t ro
   window.begin = static_cast<const unsigned char*>(args.operand);
   window.end = window.begin + args.operand_bytes;
   const unsigned char* first = window.begin + (row * args.width + start) * T::kBytes;
-  const uint32_t misaligned = static_cast<uint32_t>(reinterpret_cast<uintptr_t>(first)) % kVectorBytes;
+  const uint32_t misaligned =
+      static_cast<uint32_t>(reinterpret_cast<uintptr_t>(first)) % kVectorBytes;
   window.vectors = first - misaligned;
   window.skew = static_cast<int32_t>(misaligned / T::kBytes);
   window.num_vectors = static_cast<int32_t>(
@@ -77,7 +78,7 @@ struct Part {
 
 template <typename T>
 __device__ __forceinline__ void CopyTileAtEdge(const RowWindow window, int32_t first, int32_t last,
-                                  unsigned char* tile) {
+                                               unsigned char* tile) {
   for (int32_t slot = ThreadIndex(); slot < last - first; slot += kThreads) {
     reinterpret_cast<uint4*>(tile)[slot] = LoadVectorAtEdge<T>(window, first + slot);
   }
@@ -105,7 +106,7 @@ __device__ __forceinline__ uint32_t LowBits(int32_t count) {
 
 // The elements of vector `index`, of `per_vector`, that lie in the window, as bits.
 __device__ __forceinline__ uint32_t ValidAtEdge(int32_t index, int32_t per_vector, int32_t skew,
-                                          int32_t length) {
+                                                int32_t length) {
   const int64_t position = int64_t{index} * per_vector - skew;
   const int64_t available = min(length - position, int64_t{per_vector});
   return LowBits(static_cast<int32_t>(max(available, int64_t{0}))) &
@@ -152,9 +153,9 @@ __device__ __forceinline__ Run MakeRun(const Cta& cta, const RowWindow& window, 
   return run;
 }
 
-// Calls visit(vector, first) for every vector of a run; `first` is the index in the run of its first
-// element. Elements that do not count are visited too: mask with run.valid. A loop, not unrolled:
-// straight code costs 40 cycles per eight instructions in the instruction cache.
+// Calls visit(vector, first) for every vector of a run; `first` is the index in the run of its
+// first element. Elements that do not count are visited too: mask with run.valid. A loop, not
+// unrolled: straight code costs 40 cycles per eight instructions in the instruction cache.
 template <typename T, typename Visit>
 __device__ __forceinline__ void VisitRun(const Run& run, Visit visit) {
 #pragma unroll 1
@@ -171,8 +172,8 @@ __device__ __forceinline__ uint32_t KeyInRun(const Run& run, int32_t index, uint
   }
 }
 
-// Calls visit(vector, valid) for the kCount vectors index(0) .. index(kCount - 1), which are loaded at
-// once; a negative index stands for none.
+// Calls visit(vector, valid) for the kCount vectors index(0) .. index(kCount - 1), which are loaded
+// at once; a negative index stands for none.
 template <typename T, int kCount, typename Index, typename Visit>
 __device__ __forceinline__ void VisitVectors(const RowWindow& window, Index index, Visit visit) {
   static_assert(kCount * T::kPerVector <= 32, "one bit per element");

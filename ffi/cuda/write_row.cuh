@@ -1,9 +1,9 @@
 // Step 5: the selected elements of a part, in the order the contract fixes, to the output.
 //
 // Threads own elements in ascending position, so a scan over "greater than the pivot" and "equal to
-// it" gives every selected element its place in ascending order. The output is staged in shared memory
-// and stored coalesced: 2048 scattered stores of 4 bytes would cost 1 us. Sorted output goes to the
-// row's first CTA, which sorts (key descending, position ascending).
+// it" gives every selected element its place in ascending order. The output is staged in shared
+// memory and stored coalesced: 2048 scattered stores of 4 bytes would cost 1 us. Sorted output goes
+// to the row's first CTA, which sorts (key descending, position ascending).
 
 #ifndef JAX_TOPK_CUDA_WRITE_ROW_CUH_
 #define JAX_TOPK_CUDA_WRITE_ROW_CUH_
@@ -27,9 +27,9 @@ struct RowOutput {
   uint32_t flip;
 
   __device__ RowOutput(const TopKArgs& args, int64_t row, uint32_t sign_flip)
-      : values(args.values == nullptr ? nullptr
-                                      : static_cast<unsigned char*>(args.values) +
-                                            row * args.k * T::kBytes),
+      : values(args.values == nullptr
+                   ? nullptr
+                   : static_cast<unsigned char*>(args.values) + row * args.k * T::kBytes),
         indices(args.indices + row * args.k),
         k(args.k),
         flip(sign_flip) {}
@@ -78,8 +78,7 @@ __device__ __forceinline__ void CopyValues(const RowWindow window, const RowOutp
 // The indices of a row of at most k elements: all of them, then padding.
 __device__ __forceinline__ void CopyIndices(int32_t length, int32_t* indices, int32_t k) {
   // Four per store where the row's output allows it: this path is all latency.
-  const int32_t num_quads =
-      reinterpret_cast<uintptr_t>(indices) % sizeof(int4) == 0 ? k / 4 : 0;
+  const int32_t num_quads = reinterpret_cast<uintptr_t>(indices) % sizeof(int4) == 0 ? k / 4 : 0;
 #pragma unroll 1
   for (int32_t quad = ThreadIndex(); quad < num_quads; quad += kThreads) {
     const int32_t i = 4 * quad;
@@ -93,8 +92,8 @@ __device__ __forceinline__ void CopyIndices(int32_t length, int32_t* indices, in
   }
 }
 
-// Sorts ascending in shared memory; `size` is a power of two. Bitonic: log2(size)^2 / 2 steps of one
-// barrier each. In and out: ordered by a barrier.
+// Sorts ascending in shared memory; `size` is a power of two. Bitonic: log2(size)^2 / 2 steps of
+// one barrier each. In and out: ordered by a barrier.
 __device__ __forceinline__ void SortPairs(const Cta& cta, uint64_t* pairs, int size) {
 #pragma unroll 1
   for (int run = 2; run <= size; run *= 2) {
@@ -221,8 +220,8 @@ __device__ __forceinline__ Place SelectPlaces(Cta& cta, const PivotMasks& masks,
 
 // Sorts a row's selected elements in its first CTA and writes them.
 template <typename T, typename Source>
-__device__ __forceinline__ void SortSelected(const Cta cta, const Source source, const Place place, int count,
-                                const RowOutput<T> output) {
+__device__ __forceinline__ void SortSelected(const Cta cta, const Source source, const Place place,
+                                             int count, const RowOutput<T> output) {
   uint2* pairs = reinterpret_cast<uint2*>(cta.own);  // as uint64: ~key above position
   const bool is_remote = cta.num_active > 1;
   if (is_remote && cta.rank == 0 && cta.thread == 0) {
@@ -291,10 +290,11 @@ __device__ __forceinline__ void StageAndStore(Cta& cta, const Source& source, co
   }
 }
 
-// Writes this CTA's selected elements; of a sorted row, the first CTA writes all. In: candidates and staging memory no longer needed, ordered by a barrier.
+// Writes this CTA's selected elements; of a sorted row, the first CTA writes all. In: candidates
+// and staging memory no longer needed, ordered by a barrier.
 template <typename T, typename Source>
 __device__ __forceinline__ void WriteRow(Cta& cta, const Source& source, const Selection& selection,
-                                bool is_sorted, const RowOutput<T>& output) {
+                                         bool is_sorted, const RowOutput<T>& output) {
   const PivotMasks masks = selection.is_only_key ? source.AgainstOnlyKey(selection.pivot)
                                                  : source.Against(selection.pivot);
   const Place place = SelectPlaces(cta, masks, selection);

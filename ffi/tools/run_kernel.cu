@@ -31,7 +31,8 @@ constexpr const char* kHelp =
     "usage: run_kernel [options]\n"
     "  --rows N --width N --k N    shape of the case (8, 163840, 2048)\n"
     "  --length N                  valid elements of every row; -1: mixed, log-uniform from 1024\n"
-    "  --dist NAME                 normal clust equal sorted sorted_desc head relu few period bits\n"
+    "  --dist NAME                 normal clust equal sorted sorted_desc head relu few period "
+    "bits\n"
     "  --dtype NAME                float32 bfloat16 float16\n"
     "  --smallest --sorted --values\n"
     "  --plan TEXT                 forced plan, for instance path=exact,cluster=4\n"
@@ -215,8 +216,8 @@ int CountWrongRows(const Options& options, const Case& data, const std::vector<i
       const int32_t expected = i < count ? order[i] : -1;
       if (indices[r * problem.k + i] != expected) is_right = false;
       if (options.with_values && i < count &&
-          std::memcmp(values.data() + (r * problem.k + i) * bytes, row + expected * bytes,
-                      bytes) != 0) {
+          std::memcmp(values.data() + (r * problem.k + i) * bytes, row + expected * bytes, bytes) !=
+              0) {
         is_right = false;
       }
     }

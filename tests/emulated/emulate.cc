@@ -186,8 +186,9 @@ void Kernel(const TopKArgs& args) {
   SelectRow<T>(args);
 }
 
-std::string RunRows(const Problem& problem, const DeviceLimits& limits, const std::string& overrides,
-                const TopKArgs& buffers, bool is_smallest, unsigned seed) {
+std::string RunRows(const Problem& problem, const DeviceLimits& limits,
+                    const std::string& overrides, const TopKArgs& buffers, bool is_smallest,
+                    unsigned seed) {
   PlanOverrides parsed;
   LaunchPlan plan;
   std::string error = ParsePlanOverrides(overrides, &parsed);
