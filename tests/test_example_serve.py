@@ -2,6 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The sparse attention example: its serving benchmark, at sizes that any machine serves."""
 
+import dataclasses
 import json
 
 import jax.numpy as jnp
@@ -46,6 +47,22 @@ def test_computed_prefill_of_mixed_lengths(capsys):
     output = capsys.readouterr().out
     assert "mixed" in output
     assert "not in TTFT" not in output
+
+
+def test_waves_of_compressed_caches_start_alike(monkeypatch, capsys):
+    """The sliding window's ring wraps around during a wave; the next must not notice."""
+    compressed = dataclasses.replace(
+        CONFIGS["tiny"], compression=4, window=8, max_tokens_per_step=1
+    )
+    monkeypatch.setitem(CONFIGS, "tiny", compressed)
+    small = ["--batch", "2", "--input-len", "70", "--output-len", "12", "--waves", "2"]
+    assert serve.main(["--top-k-implementation", "cpu", *small]) == 0
+    assert "yes, yes" in capsys.readouterr().out
+
+
+def test_xla_alone(capsys):
+    assert serve.main(["--top-k-implementation", "xla", *SMALL]) == 0
+    assert "median TPOT" not in capsys.readouterr().out
 
 
 def test_other_tokens_fail_the_command(monkeypatch, capsys):

@@ -25,6 +25,7 @@ from __future__ import annotations
 import argparse
 import functools
 import itertools
+import pathlib
 import sys
 import time
 from typing import NamedTuple
@@ -384,6 +385,7 @@ def plot(outcomes: dict[str, Outcome], steps: int, path: str) -> None:
     axes.set_ylabel("share of right answers")
     axes.set_title(f"Associative recall with {CONFIG.top_k} cached pairs read per step")
     axes.legend()
+    pathlib.Path(path).parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=150)
     pyplot.close(figure)
 
@@ -395,7 +397,7 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=8192, help="decode steps, at most 9216")
     parser.add_argument("--streams", type=int, default=2, help="episodes decoded side by side")
     parser.add_argument("--seed", type=int, default=0, help="of weights, training and evaluation")
-    parser.add_argument("--plot", default="recall.png", help="file for the picture; '' for none")
+    parser.add_argument("--plot", default="build/recall.svg", help="picture; '' for none")
     return parser.parse_args(arguments)
 
 
