@@ -11,65 +11,65 @@ _DTYPES = {"float32": 0, "bfloat16": 1, "float16": 2}
 _GUARD = 64  # elements before and after each output that must stay untouched
 
 H100 = {
-  "num_sms": 132,
-  "smem_per_block_bytes": 232448,
-  "smem_per_sm_bytes": 233472,
-  "max_cluster_size": 16,
+    "num_sms": 132,
+    "smem_per_block_bytes": 232448,
+    "smem_per_sm_bytes": 233472,
+    "max_cluster_size": 16,
 }
 
 
 def build(folder: pathlib.Path, *flags: str) -> ctypes.CDLL:
-  """Compiles the emulation into `folder` and loads it; needs a C++17 compiler."""
-  library = folder / "libjax_topk_emulation.so"
-  subprocess.run(
-    ["g++", "-std=c++17", "-O2", "-g", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas"]
-    + ["-fPIC", "-shared", *flags, "-o", str(library)]
-    + [str(_FOLDER / "emulate.cc"), str(_FOLDER.parents[1] / "ffi" / "plan.cc")],
-    check=True,
-  )
-  return ctypes.CDLL(str(library))
+    """Compiles the emulation into `folder` and loads it; needs a C++17 compiler."""
+    library = folder / "libjax_topk_emulation.so"
+    subprocess.run(
+        ["g++", "-std=c++17", "-O2", "-g", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas"]
+        + ["-fPIC", "-shared", *flags, "-o", str(library)]
+        + [str(_FOLDER / "emulate.cc"), str(_FOLDER.parents[1] / "ffi" / "plan.cc")],
+        check=True,
+    )
+    return ctypes.CDLL(str(library))
 
 
 def _guarded(shape: tuple[int, int], dtype: np.dtype) -> tuple[np.ndarray, np.ndarray]:
-  """Returns (whole, view): a poisoned buffer and the guarded `shape` inside it."""
-  size = shape[0] * shape[1]
-  whole = np.frombuffer(b"\xa5" * ((size + 2 * _GUARD) * dtype.itemsize), dtype).copy()
-  return whole, whole[_GUARD : _GUARD + size].reshape(shape)
+    """Returns (whole, view): a poisoned buffer and the guarded `shape` inside it."""
+    size = shape[0] * shape[1]
+    whole = np.frombuffer(b"\xa5" * ((size + 2 * _GUARD) * dtype.itemsize), dtype).copy()
+    return whole, whole[_GUARD : _GUARD + size].reshape(shape)
 
 
 def top_k(
-  library: ctypes.CDLL,
-  x: np.ndarray,
-  k: int,
-  starts: np.ndarray,
-  lengths: np.ndarray,
-  *,
-  smallest: bool = False,
-  sorted: bool = False,
-  with_values: bool = True,
-  plan: str = "",
-  limits: dict[str, int] = H100,
-  seed: int = 0,
+    library: ctypes.CDLL,
+    x: np.ndarray,
+    k: int,
+    starts: np.ndarray,
+    lengths: np.ndarray,
+    *,
+    smallest: bool = False,
+    sorted: bool = False,
+    with_values: bool = True,
+    plan: str = "",
+    limits: dict[str, int] = H100,
+    seed: int = 0,
 ) -> tuple[np.ndarray | None, np.ndarray]:
-  """One emulated launch on `x` `[rows, width]`; returns (values or None, indices), `[rows, k]`.
+    """One emulated launch on `x` `[rows, width]`; returns (values or None, indices), `[rows, k]`.
 
-  Raises:
-    RuntimeError: the launch cannot be planned, or the kernel deadlocked.
-    AssertionError: something outside the outputs was written.
-  """
-  rows, width = x.shape
-  # Byte views: NumPy's buffers of ml_dtypes are not writable through ctypes otherwise.
-  values_all, values = _guarded((rows, k), x.dtype)
-  indices_all, indices = _guarded((rows, k), np.dtype(np.int32))
-  starts = np.ascontiguousarray(starts, np.int32)
-  lengths = np.ascontiguousarray(lengths, np.int32)
-  error = ctypes.create_string_buffer(1000)
+    Raises:
+      RuntimeError: the launch cannot be planned, or the kernel deadlocked.
+      AssertionError: something outside the outputs was written.
+    """
+    rows, width = x.shape
+    # Byte views: NumPy's buffers of ml_dtypes are not writable through ctypes otherwise.
+    values_all, values = _guarded((rows, k), x.dtype)
+    indices_all, indices = _guarded((rows, k), np.dtype(np.int32))
+    starts = np.ascontiguousarray(starts, np.int32)
+    lengths = np.ascontiguousarray(lengths, np.int32)
+    error = ctypes.create_string_buffer(1000)
 
-  def pointer(array: np.ndarray) -> ctypes.c_void_p:
-    return ctypes.c_void_p(array.ctypes.data)
+    def pointer(array: np.ndarray) -> ctypes.c_void_p:
+        return ctypes.c_void_p(array.ctypes.data)
 
-  names = ("num_sms", "smem_per_block_bytes", "smem_per_sm_bytes", "max_cluster_size")
-  status = library.jax_topk_emulate(
+    names = ("num_sms", "smem_per_block_bytes", "smem_per_sm_bytes", "max_cluster_size")
+    status = library.jax_topk_emulate(
     pointer(x), pointer(starts), pointer(lengths),
     pointer(values) if with_values else None, pointer(indices),
     ctypes.c_int64(rows), ctypes.c_int64(width), ctypes.c_int64(k),
@@ -77,9 +77,9 @@ def top_k(
     (ctypes.c_int64 * 4)(*(limits[name] for name in names)), ctypes.c_uint(seed),
     error, ctypes.c_size_t(len(error)),
   )  # fmt: skip
-  if status != 0:
-    raise RuntimeError(error.value.decode())
-  for whole in (values_all, indices_all):
-    for guard in (whole[:_GUARD], whole[-_GUARD:]):
-      assert guard.tobytes() == b"\xa5" * guard.nbytes, "written outside the output"
-  return (values if with_values else None), indices
+    if status != 0:
+        raise RuntimeError(error.value.decode())
+    for whole in (values_all, indices_all):
+        for guard in (whole[:_GUARD], whole[-_GUARD:]):
+            assert guard.tobytes() == b"\xa5" * guard.nbytes, "written outside the output"
+    return (values if with_values else None), indices

@@ -1,8 +1,8 @@
-"""The CUDA kernel's own code, run on the CPU thread by thread: exact on every input, on any machine.
+"""The CUDA kernel's own code, run on the CPU thread by thread: exact, on any machine.
 
-Races and memory ordering need a GPU (tests/test_cuda.py and compute-sanitizer); everything else that
-can go wrong in the kernel fails here, without one: wrong order, lost candidates, deadlocks, reads and
-writes out of bounds, stale shared memory.
+Races and memory ordering need a GPU (tests/test_cuda.py and compute-sanitizer); everything else
+that can go wrong in the kernel fails here, without one: wrong order, lost candidates, deadlocks,
+reads and writes out of bounds, stale shared memory.
 """
 
 from __future__ import annotations
@@ -96,7 +96,8 @@ def test_rows_off_vector_boundaries(library, dtype, offset):
     buffer = inputs.cast(rng.normal(size=rows * width + offset), dtype)
     x = buffer[offset:].reshape(rows, width)
     starts = np.array([0, 1, 3], np.int32)
-    check(library, x, 50, starts, np.full(rows, width, np.int32), plan="path=sample,cluster=3,part=64")
+    lengths = np.full(rows, width, np.int32)
+    check(library, x, 50, starts, lengths, plan="path=sample,cluster=3,part=64")
 
 
 def test_ties_spread_over_ctas(library):
