@@ -10,6 +10,10 @@ JAX in the process.
 Running from a checkout after a plain `pip install .` imports the package from the source folder,
 which holds no native modules. They are then looked up in the installed distribution, and used if
 they were built from the same version.
+
+The names of the targets and their attributes (`smallest`, `sorted`, `plan`) are a promise to
+programs that `jax.export` wrote to disk: what `jax_topk_v1_...` means does not change, and a call
+with another meaning will get another prefix.
 """
 
 from __future__ import annotations

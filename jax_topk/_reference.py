@@ -116,12 +116,12 @@ def positions_like(x: jax.Array) -> jax.Array:
 def _clamp_windows(
     starts: jax.Array | None, lengths: jax.Array | None, width: int
 ) -> tuple[jax.Array | None, jax.Array | None]:
-    """Returns clamped starts and lengths; None where the window is the row's whole extent."""
+    """Returns starts and lengths within the row; None where the window is the row's extent."""
+    if starts is None:
+        return None, lengths  # positions are compared with them, which clamps
     # A symbolic width becomes an int32 scalar here; it is below 2**31, so nothing overflows.
     limit = jnp.int32(width)
-    start = None if starts is None else jnp.clip(starts, 0, limit)
-    if start is None:
-        return None, None if lengths is None else jnp.clip(lengths, 0, limit)
+    start = jnp.clip(starts, 0, limit)
     room = limit - start
     return start, room if lengths is None else jnp.clip(lengths, 0, room)
 

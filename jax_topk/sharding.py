@@ -18,7 +18,8 @@ candidates and cut off by its count, never recognised by its value, so rows that
 NaN are exact too.
 
 Both functions run inside `jax.shard_map` and return results that are replicated over `axis_name`,
-also in the types of `check_vma=True`. They are differentiable in the values: the cotangent of a
+also in the types of `check_vma=True`. (An axis that `jax.vmap(..., axis_name=...)` names will do as
+well, to try things out on one device.) They are differentiable in the values: the cotangent of a
 selected value goes to the device that holds it, without communication.
 """
 
@@ -303,7 +304,8 @@ def _gather_bits_jvp(axis: Hashable, primals: Any, tangents: Any) -> tuple[jax.A
 
 
 def _all_gather(x: jax.Array, axis: Hashable) -> jax.Array:
-    if axis not in jax.typeof(x).mat.varying:
+    is_manual = axis in jax.sharding.get_abstract_mesh().manual_axes  # else an axis of vmap
+    if is_manual and axis not in jax.typeof(x).mat.varying:
         # Nothing changes under check_vma=False, where no type varies.
         x = lax.pcast(x, (axis,), to="varying")
     is_typed = axis in jax.typeof(x).mat.varying

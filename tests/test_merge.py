@@ -274,6 +274,20 @@ def test_the_backward_pass_communicates_nothing(mesh_of):
         assert name not in text
 
 
+def test_an_axis_of_vmap(mesh_of):
+    x, starts, lengths = rows_and_windows(64)
+    select = jax.vmap(
+        lambda block: jax_topk.sharded_top_k(
+            block, 11, axis_name="s", lengths=lengths, row_starts=starts
+        ),
+        axis_name="s",
+        in_axes=1,
+    )
+    values, indices = select(x.reshape(len(x), 8, 8))
+    for device in range(8):
+        expect((values[device], indices[device]), x, 11, starts, lengths)
+
+
 def test_nested_in_vmap_and_scan(mesh_of):
     mesh = mesh_of((8,), ("s",))
     x = np.random.default_rng(6).normal(size=(3, 2, 64)).astype(np.float32)
@@ -496,7 +510,6 @@ def test_rows_that_int32_cannot_index(mesh_of):
 # --- two processes --------------------------------------------------------------------------------
 
 
-@pytest.mark.slow
 def test_two_processes():
     """Rows over two processes without communication, and one row over two processes, exactly."""
     with socket.socket() as probe:

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import pathlib
 import re
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -427,6 +431,21 @@ def test_the_check_lets_sharded_rows_pass(mesh_of):
             jax.jit(select)(jax.device_put(x, jax.NamedSharding(mesh, jax.P("x")))), x, None, None
         )
         expect(jax_topk.top_k(x, K), x, None, None)  # one device
+
+
+def test_the_check_has_an_environment_variable():
+    code = "from jax_topk import _axis_check; print(_axis_check.is_check_enabled())"
+    for value, expected in (("1", "True"), ("0", "False"), ("", "False")):
+        environment = {**os.environ, _axis_check.ENVIRONMENT_VARIABLE: value}
+        output = subprocess.run(
+            [sys.executable, "-c", code],
+            cwd=pathlib.Path(__file__).parents[1],
+            env=environment,
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout
+        assert output.strip() == expected
 
 
 def test_the_check_is_a_switch():

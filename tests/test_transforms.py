@@ -153,6 +153,30 @@ def test_ahead_of_time(top_k):
     expect(lowered.compile()(x, lengths), x, 4, None, lengths)
 
 
+def test_persistent_compilation_cache(top_k, tmp_path):
+    from jax.experimental.compilation_cache import compilation_cache
+
+    options = {
+        "jax_compilation_cache_dir": str(tmp_path),
+        "jax_persistent_cache_min_compile_time_secs": 0,
+        "jax_persistent_cache_min_entry_size_bytes": -1,
+    }
+    before = {name: getattr(jax.config, name) for name in options}
+    x = normal(3, 23)
+    try:
+        for name, value in options.items():
+            jax.config.update(name, value)
+        compilation_cache.reset_cache()
+        for _ in range(2):  # writes it, reads it
+            expect(jax.jit(lambda x: top_k(x, 4, lengths=9))(x), x, 4, None, np.full(3, 9))
+            jax.clear_caches()
+            assert any(tmp_path.iterdir())
+    finally:
+        for name, value in before.items():
+            jax.config.update(name, value)
+        compilation_cache.reset_cache()
+
+
 def test_eval_shape(top_k):
     values, indices = jax.eval_shape(
         lambda x: top_k(x, 4, axis=0), jax.ShapeDtypeStruct((9, 2, 3), jnp.bfloat16)
