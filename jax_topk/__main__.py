@@ -149,7 +149,7 @@ def platform_rows(devices: dict[str, list[jax.Device]]) -> list[tuple[str, str, 
             uses = "-"
             reason = (
                 "JAX shows no CUDA device; on a machine with an NVIDIA GPU:"
-                " pip install 'jax_topk[cuda13]'"
+                " pip install '.[cuda13]' in a checkout"
             )
         else:
             uses = _lowering.choose(name, np.float32, 1, None)
