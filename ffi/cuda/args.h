@@ -8,6 +8,7 @@
 #include "../plan.h"
 #include "../problem.h"
 #include "../smem_layout.h"
+#include "buffers.h"
 
 namespace jax_topk {
 
@@ -31,9 +32,15 @@ struct TopKArgs {
   SmemLayout layout;
 };
 
-// The arguments of a planned launch, without its buffers.
-inline TopKArgs MakeArgs(const Problem& problem, const LaunchPlan& plan, bool is_smallest) {
+// The arguments of a planned launch.
+inline TopKArgs MakeArgs(const Problem& problem, const LaunchPlan& plan, bool is_smallest,
+                         const TopKBuffers& buffers) {
   TopKArgs args{};
+  args.operand = buffers.operand;
+  args.starts = buffers.starts;
+  args.lengths = buffers.lengths;
+  args.values = buffers.values;
+  args.indices = buffers.indices;
   args.operand_bytes = problem.rows * problem.width * ElementBytes(problem.dtype);
   args.width = problem.width;
   args.k = static_cast<int32_t>(problem.k);

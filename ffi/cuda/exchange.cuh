@@ -101,8 +101,8 @@ __device__ __forceinline__ void GatherCandidates(Cta& cta, const PartCounts& min
 }
 
 // Replaces the histogram of every CTA by the sum over the row's CTAs: each sums one segment of the
-// bins and sends the sums to all. In: counts ordered by a barrier. Ends
-// in a barrier. Two exchanges.
+// bins and sends the sums to all. In: counts ordered by a barrier. Ends in a barrier. Two
+// exchanges.
 __device__ __forceinline__ void SumBins(Cta& cta, uint32_t parity) {
   const int each = (kBinVectors + cta.num_active - 1) / cta.num_active;
   const int own_first = min(each * cta.rank, kBinVectors);

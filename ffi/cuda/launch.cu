@@ -120,12 +120,7 @@ std::string LaunchTopK(const Problem& problem, bool is_smallest, std::string_vie
   if (!problem_text.empty()) return problem_text;
   if (problem.rows == 0 || problem.k == 0) return "";
 
-  TopKArgs args = MakeArgs(problem, plan, is_smallest);
-  args.operand = buffers.operand;
-  args.starts = buffers.starts;
-  args.lengths = buffers.lengths;
-  args.values = buffers.values;
-  args.indices = buffers.indices;
+  const TopKArgs args = MakeArgs(problem, plan, is_smallest, buffers);
 
   cudaLaunchAttribute attribute;
   const cudaLaunchConfig_t config = MakeConfig(plan, stream, &attribute);

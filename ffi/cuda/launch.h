@@ -10,17 +10,9 @@
 #include <string_view>
 
 #include "../problem.h"
+#include "buffers.h"
 
 namespace jax_topk {
-
-// One call's buffers on the device; `values` may be null.
-struct TopKBuffers {
-  const void* operand;
-  const int32_t* starts;
-  const int32_t* lengths;
-  void* values;
-  int32_t* indices;
-};
 
 // The limits of a device, read once per process. Returns an empty string or a sentence.
 std::string GetDeviceLimits(int device, DeviceLimits* limits);

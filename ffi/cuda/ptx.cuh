@@ -39,12 +39,13 @@ __device__ __forceinline__ uint32_t SharedAddress(const void* pointer) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
 }
 
-// For conditions that ordinary rows do not meet: moves their code out of the way. The instruction
-// cache starts cold with every launch, and a jump over unneeded code costs 200 to 400 cycles.
+// For conditions that ordinary rows do not meet: moves their code out of the way. ncu, which starts
+// with cold caches, shows waits for instructions behind jumps over unneeded code.
 __device__ __forceinline__ bool Unlikely(bool condition) { return __builtin_expect(condition, 0); }
 
-// A word that is the same for all threads, kept in an ordinary register: the compiler would move it
-// to a uniform one, and the chain of uniform instructions behind it takes twice as long.
+// A word that is the same for all threads, kept in an ordinary register: the compiler would wait
+// for it at once to move it to a uniform one, and clamp it by a longer chain of uniform
+// instructions.
 __device__ __forceinline__ int32_t LoadWord(const int32_t* pointer) {
   int32_t value;
   asm volatile("ld.global.s32 %0, [%1];" : "=r"(value) : "l"(pointer));
@@ -58,8 +59,7 @@ __device__ __forceinline__ uint4 LoadReadOnly(const uint4* pointer) { return __l
 __device__ __forceinline__ float FastDivide(float a, float b) { return __fdividef(a, b); }
 __device__ __forceinline__ float FastSquareRoot(float a) { return a * rsqrtf(a); }
 
-// --- Pairs of 16-bit values in one register (single instructions on sm_90)
-// ------------------------
+// --- Pairs of 16-bit values in one register (single instructions on sm_90) -----------------------
 
 // The upper halves of two words, the first one's in the lower half.
 __device__ __forceinline__ uint32_t UpperHalves(uint32_t first, uint32_t second) {

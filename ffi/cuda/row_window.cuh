@@ -154,8 +154,8 @@ __device__ __forceinline__ Run MakeRun(const Cta& cta, const RowWindow& window, 
 }
 
 // Calls visit(vector, first) for every vector of a run; `first` is the index in the run of its
-// first element. Elements that do not count are visited too: mask with run.valid. A loop, not
-// unrolled: straight code costs 40 cycles per eight instructions in the instruction cache.
+// first element. Elements that do not count are visited too: mask with run.valid. A loop: with
+// every size unrolled the kernel was four times as large and slower.
 template <typename T, typename Visit>
 __device__ __forceinline__ void VisitRun(const Run& run, Visit visit) {
 #pragma unroll 1

@@ -187,19 +187,14 @@ void Kernel(const TopKArgs& args) {
 }
 
 std::string RunRows(const Problem& problem, const DeviceLimits& limits,
-                    const std::string& overrides, const TopKArgs& buffers, bool is_smallest,
+                    const std::string& overrides, const TopKBuffers& buffers, bool is_smallest,
                     unsigned seed) {
   PlanOverrides parsed;
   LaunchPlan plan;
   std::string error = ParsePlanOverrides(overrides, &parsed);
   if (error.empty()) error = PlanLaunch(problem, limits, parsed, &plan);
   if (!error.empty() || problem.rows == 0 || problem.k == 0) return error;
-  TopKArgs args = MakeArgs(problem, plan, is_smallest);
-  args.operand = buffers.operand;
-  args.starts = buffers.starts;
-  args.lengths = buffers.lengths;
-  args.values = buffers.values;
-  args.indices = buffers.indices;
+  const TopKArgs args = MakeArgs(problem, plan, is_smallest, buffers);
   for (int64_t row = 0; row < problem.rows; ++row) {
     Emulator run;
     emulator = &run;
@@ -335,16 +330,11 @@ extern "C" int jax_topk_emulate(const void* operand, const int32_t* starts, cons
                                 const char* overrides, const int64_t* limits, unsigned seed,
                                 char* error, size_t error_bytes) {
   using namespace jax_topk;
-  TopKArgs args{};
-  args.operand = operand;
-  args.starts = starts;
-  args.lengths = lengths;
-  args.values = values;
-  args.indices = indices;
+  const TopKBuffers buffers{operand, starts, lengths, values, indices};
   const Problem problem{rows, width, k, static_cast<DType>(dtype), is_sorted != 0};
   const DeviceLimits device{static_cast<int>(limits[0]), limits[1], limits[2],
                             static_cast<int>(limits[3])};
-  const std::string message = RunRows(problem, device, overrides, args, is_smallest != 0, seed);
+  const std::string message = RunRows(problem, device, overrides, buffers, is_smallest != 0, seed);
   std::snprintf(error, error_bytes, "%s", message.c_str());
   return message.empty() ? 0 : 1;
 }
