@@ -59,7 +59,7 @@ std::string ParseOne(std::string_view item, PlanOverrides* overrides) {
     if (number < 1) return BadOverride(item, "part is at least 1");
     overrides->part_elements = number;
   } else if (name == "stages") {
-    if (number != 2 && number != 4) return BadOverride(item, "stages is 2 or 4");
+    if (number != 1 && number != 2) return BadOverride(item, "stages is 1 or 2");
     overrides->num_stages = number;
   } else {
     return BadOverride(item, "the names are path, cluster, candidates, part, stages");
@@ -100,11 +100,13 @@ std::string PlanLaunch(const Problem& problem, const DeviceLimits& limits,
   plan->path = overrides.path;
   plan->part_elements = overrides.part_elements > 0 ? overrides.part_elements : kPartElements;
 
-  // One CTA per SM is the aim: the largest power of two of CTAs per row that the SMs can hold, but
-  // no more CTAs than the widest possible row can use.
+  // The largest power of two of CTAs per row that leaves every CTA an SM to itself, but no more
+  // CTAs than the widest possible row can use. A pair finds two free SMs while there are as many;
+  // larger clusters must fit into a GPC, and two that meet in one share SMs unless the device is
+  // half empty: the slowest row then takes longer than with half as many CTAs.
   int cluster = 1;
   while (cluster * 2 <= limits.max_cluster_size && cluster * 2 <= kMaxClusterSize &&
-         problem.rows * cluster * 2 <= limits.num_sms &&
+         problem.rows * cluster * 2 <= (cluster == 1 ? limits.num_sms : limits.num_sms / 2) &&
          int64_t{cluster} * plan->part_elements < problem.width) {
     cluster *= 2;
   }
@@ -123,11 +125,9 @@ std::string PlanLaunch(const Problem& problem, const DeviceLimits& limits,
   int64_t spare = overrides.candidates > 0 ? overrides.candidates : kSpareEntries;
   const int64_t smem_limit =
       std::min(limits.smem_per_block_bytes, limits.smem_per_sm_bytes - kSmemReservedPerBlock);
-  // Where every CTA has an SM to itself, its shared memory is better spent on loads in flight. Not
-  // with clusters: two CTAs must fit an SM, or the last cluster waits (seven of 16 CTAs fit an H100
-  // at one CTA per SM).
+  // Where every CTA has an SM to itself, its shared memory is better spent on loads in flight.
   int num_stages = overrides.num_stages;
-  if (num_stages == 0) num_stages = cluster == 1 && problem.rows <= limits.num_sms ? 4 : 2;
+  if (num_stages == 0) num_stages = problem.rows * cluster <= limits.num_sms ? 2 : 1;
   while (true) {
     plan->cluster_size = cluster;
     plan->num_ctas = problem.rows * cluster;
@@ -137,8 +137,8 @@ std::string PlanLaunch(const Problem& problem, const DeviceLimits& limits,
         MakeSmemLayout(cluster, num_stages, plan->list_capacity, problem.k).total_bytes;
     if (plan->smem_bytes <= smem_limit) return "";
     // Too large: give up what costs least first.
-    if (num_stages > 2 && overrides.num_stages == 0) {
-      num_stages = 2;
+    if (num_stages > 1 && overrides.num_stages == 0) {
+      num_stages = 1;
     } else if (spare > kFewSpareEntries && overrides.candidates == 0) {
       spare /= 2;
     } else if (cluster > 1 && overrides.cluster_size == 0) {

@@ -25,7 +25,7 @@ enum class Path : int {
 struct LaunchPlan {
   int cluster_size = 1;   // CTAs that share one row
   int64_t num_ctas = 0;   // rows * cluster_size
-  int num_stages = 2;     // tiles in flight while a row is streamed
+  int num_stages = 1;     // tiles of a warp in flight while a row is streamed
   int list_capacity = 0;  // entries at or above the lower bound that one row may keep
   int part_elements = 0;  // a row gets one CTA per this many elements, up to cluster_size
   int64_t smem_bytes = 0;
@@ -33,7 +33,7 @@ struct LaunchPlan {
 };
 
 // Overrides of a plan, as text: comma-separated `name=value` with the names
-//   path=auto|short|sample|exact   cluster=1..16   candidates=N   part=N   stages=2|4
+//   path=auto|short|sample|exact   cluster=1..16   candidates=N   part=N   stages=1|2
 // Empty text overrides nothing.
 struct PlanOverrides {
   Path path = Path::kAuto;

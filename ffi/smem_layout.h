@@ -4,8 +4,9 @@
 //   header | bins | area A | area B
 //
 // A row whose share per CTA fits one tile keeps that tile in A until its output is written, and
-// the candidates lie in B. A longer share is streamed through a ring of tiles in A into a list of
-// (key, position) in B; once the ring is dead, the candidates lie in A. Candidates are
+// the candidates lie in B. A longer share is streamed through rings of tiles in A, one per warp,
+// into lists of (key, position) in B; once the rings are dead, the candidates lie in A. Candidates
+// are
 //
 //   gathered candidate keys of the whole row | own candidate keys, later the staged output
 //
@@ -37,7 +38,6 @@ inline constexpr int kMaxK = 4096;
 // Vectors that one thread owns in a streamed tile, and at most in a tile that holds a whole part.
 // Odd, so that eight neighbouring threads that read their own vectors touch all 32 banks once; at
 // most 32 elements, one bit each.
-inline constexpr int kStreamVectors = 3;
 inline constexpr int kMaxVectors = 7;
 inline constexpr int64_t kMaxTileBytes = int64_t{kThreads} * kMaxVectors * kVectorBytes;
 
@@ -46,6 +46,16 @@ inline constexpr int64_t kMaxTileBytes = int64_t{kThreads} * kMaxVectors * kVect
 inline constexpr int kBinVectors = kBins / 4;
 inline constexpr int kClusterSegmentVectors = kBinVectors + kMaxClusterSize;
 inline constexpr int64_t kSumBytes = (kClusterSegmentVectors + kBinVectors) * int64_t{kVectorBytes};
+
+// The list of a streamed part lies in chunks, as many as each warp may leave one unfilled.
+inline constexpr int kChunkEntries = 32;
+constexpr int64_t NumChunks(int64_t list_capacity) {
+  return (list_capacity + kChunkEntries - 1) / kChunkEntries + kWarps;
+}
+// An entry is a key and a position; a chunk knows the next one.
+constexpr int64_t ListBytes(int64_t list_capacity) {
+  return NumChunks(list_capacity) * (kChunkEntries * 8 + 4);
+}
 
 inline constexpr int64_t kHeaderBytes = 2048;
 // One spare bin, in a vector of its own, takes what does not count.
@@ -59,16 +69,17 @@ constexpr int64_t NextPowerOfTwo(int64_t value) {
   return power;
 }
 
-// The ring of tiles while a row is streamed.
-constexpr int64_t TileRingBytes(int num_stages) {
-  return int64_t{num_stages} * kThreads * kStreamVectors * kVectorBytes;
-}
+// The rings of tiles while a row is streamed, and behind them a byte for every vector of a tile.
+constexpr int64_t TileRingBytes(int num_stages) { return num_stages * kMaxTileBytes; }
+inline constexpr int64_t kHitBytes = int64_t{kThreads} * kMaxVectors;
 
 struct SmemLayout {
   int64_t bins;  // uint32[kBins]
   int64_t a;
   int64_t b;
-  int64_t own;  // from the start of the candidates: uint32[list_capacity], or the output
+  int32_t num_chunks;  // of the list
+  int64_t hits;        // from the start of A
+  int64_t own;         // from the start of the candidates: uint32[list_capacity], or the output
   int64_t total_bytes;
 };
 
@@ -80,16 +91,20 @@ constexpr SmemLayout MakeSmemLayout(int cluster_size, int num_stages, int64_t li
   // nothing. The output is k positions and k keys; sorting needs a power of two of pairs.
   const int64_t gathered_bytes = cluster_size == 1 ? 0 : (list_capacity + 4 * cluster_size) * 4;
   const int64_t own_bytes = larger(list_capacity * 4, NextPowerOfTwo(k) * 8);
-  const int64_t candidates_bytes = gathered_bytes + own_bytes;
+  const int64_t own_offset = cluster_size == 1 ? 0 : larger(gathered_bytes, kSumBytes);
+  const int64_t candidates_bytes = own_offset + own_bytes;
   SmemLayout layout{};
+  layout.num_chunks = static_cast<int32_t>(NumChunks(list_capacity));
   layout.bins = kHeaderBytes;
+  layout.hits = TileRingBytes(num_stages);
   layout.a = AlignUp(layout.bins + kBinsBytes, 128);
   layout.b =
-      layout.a +
-      AlignUp(larger(larger(TileRingBytes(num_stages), kMaxTileBytes), candidates_bytes), 128);
-  layout.own = gathered_bytes;
+      layout.a + AlignUp(larger(TileRingBytes(num_stages) + kHitBytes, candidates_bytes), 128);
+  // Behind the histograms of the cluster too: a CTA may still collect keys for a bracket that a
+  // peer has found wrong.
+  layout.own = own_offset;
   layout.total_bytes =
-      layout.b + AlignUp(larger(larger(list_capacity * 8, cluster_size == 1 ? 0 : kSumBytes),
+      layout.b + AlignUp(larger(larger(ListBytes(list_capacity), cluster_size == 1 ? 0 : kSumBytes),
                                 candidates_bytes),
                          128);
   return layout;

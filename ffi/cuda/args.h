@@ -25,6 +25,7 @@ struct TopKArgs {
   bool is_sorted;  // best first; otherwise ascending index
   int32_t path;    // Path
   int32_t cluster_size;
+  int32_t cluster_mask;  // cluster_size - 1 if that is a power of two, else 0
   uint64_t cluster_reciprocal;  // 2^32 / cluster_size, rounded up
   int32_t num_stages;
   int32_t part_vectors;  // fewest vectors per CTA of a row that several share
@@ -48,6 +49,8 @@ inline TopKArgs MakeArgs(const Problem& problem, const LaunchPlan& plan, bool is
   args.is_sorted = problem.is_sorted;
   args.path = static_cast<int32_t>(plan.path);
   args.cluster_size = plan.cluster_size;
+  args.cluster_mask =
+      (plan.cluster_size & (plan.cluster_size - 1)) == 0 ? plan.cluster_size - 1 : 0;
   args.cluster_reciprocal =
       ((uint64_t{1} << 32) + static_cast<uint64_t>(plan.cluster_size) - 1) / plan.cluster_size;
   args.num_stages = plan.num_stages;

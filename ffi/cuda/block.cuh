@@ -43,18 +43,21 @@ struct SharedHeader {
   MBarrier winners_barrier;
   MBarrier segments_barrier;
   MBarrier totals_barrier;
-  uint32_t lowest_key;
-  uint32_t highest_key;
-  uint32_t packed_counts;  // of a tile: certain, and open << 16
-  uint32_t num_own;
+  uint2 ranges[2];      // lowest and highest key seen, see CountAndSeeRange
+  uint32_t num_chunks;  // of the lists, taken so far
+  uint32_t num_own;     // open keys that were copied from them
   uint32_t num_finalists;
   uint32_t greater_before;
   uint32_t equal_before;
   uint32_t pivot_key;
   uint32_t num_ties;
-  uint4 found[2];  // as RankBin
+  uint32_t crowd;                // of the fullest bin while pairs are sorted
+  uint4 found[2];                // as RankBin
+  uint2 warp_sums[2][kWarps];    // see SumOverWarps
+  uint32_t warp_chunks[kWarps];  // of each warp's list
   uint32_t warp_totals[2][kWarps];
-  alignas(16) uint32_t finalists[kMaxFinalists];
+  uint32_t bin_totals[kBinThreads / 32];
+  alignas(16) uint32_t finalists[kMaxFinalists];  // zero where there is none
   uint32_t finalist_is_before[kMaxFinalists];
   uint2 records[kMaxClusterSize];  // PartCounts of every CTA of the row
 };
@@ -65,10 +68,11 @@ struct Cta {
   SharedHeader* header;
   uint32_t* bins;        // [kBins], all zero between uses, and a spare bin behind them
   unsigned char* tiles;  // area A
-  uint2* list;           // area B: (key, position) of kept elements, ascending position
+  uint2* list;           // area B: (key, position) of kept elements
   unsigned char* sums;   // area B: histograms of the cluster
   uint32_t* gathered;    // candidate keys of the whole row
   unsigned char* own;    // own candidate keys, later the staged output or the pairs to sort
+  unsigned char* spare;  // the area that holds no candidates; free once the output is staged
   int thread, lane, warp;
   int rank;            // of this CTA among the CTAs of its row
   int num_active;      // CTAs that share the row
@@ -96,6 +100,24 @@ __device__ __forceinline__ void PlaceCandidates(Cta& cta, const TopKArgs& args, 
   unsigned char* candidates = SharedMemory() + (has_list ? args.layout.a : args.layout.b);
   cta.gathered = reinterpret_cast<uint32_t*>(candidates);
   cta.own = candidates + args.layout.own;
+  cta.spare = SharedMemory() + (has_list ? args.layout.b : args.layout.a);
+}
+
+// Inclusive sum over the lanes of a warp.
+__device__ __forceinline__ uint32_t WarpInclusiveSum(int lane, uint32_t value) {
+#pragma unroll
+  for (int delta = 1; delta < 32; delta *= 2) {
+    const uint32_t other = WarpShiftUp(value, delta);
+    if (lane >= delta) value += other;
+  }
+  return value;
+}
+
+// A CTA's own open keys fill whole vectors: behind them come zeros, the lowest key there is.
+__device__ __forceinline__ uint32_t PadToVector(uint32_t count) { return (count + 3) & ~3u; }
+__device__ __forceinline__ void PadOpenKeys(const Cta& cta, uint32_t num_open) {
+  const uint32_t place = num_open + static_cast<uint32_t>(cta.thread);
+  if (place < PadToVector(num_open)) reinterpret_cast<uint32_t*>(cta.own)[place] = 0;
 }
 
 struct Scan {
@@ -107,12 +129,7 @@ struct Scan {
 // alternates between two rows: a row is written again only after the next scan's barrier, which
 // every reader of it has passed by then.
 __device__ __forceinline__ Scan BlockScan(Cta& cta, uint32_t value) {
-  uint32_t inclusive = value;
-#pragma unroll
-  for (int delta = 1; delta < 32; delta *= 2) {
-    const uint32_t other = WarpShiftUp(inclusive, delta);
-    if (cta.lane >= delta) inclusive += other;
-  }
+  const uint32_t inclusive = WarpInclusiveSum(cta.lane, value);
   uint32_t* totals = cta.header->warp_totals[cta.num_scans & 1];
   cta.num_scans += 1;
   if (cta.lane == 31) totals[cta.warp] = inclusive;
@@ -134,80 +151,81 @@ __device__ __forceinline__ void ClearBins(const Cta& cta) {
   }
 }
 
-// How a histogram's bins are ordered in memory.
-enum class BinOrder {
-  kFromTop,      // bin 0 holds the largest keys (linear bins)
-  kRawLargest,   // coarse bins, by bits, when the largest values are wanted
-  kRawSmallest,  // the same when the smallest are
-};
-
 // Finds the bins that hold two ranks (1-based, from the top; clamped to 1 .. total). In: complete
-// counts, ordered by a barrier, not all zero. Out: the bins, known to all threads; the histogram is
-// zero again. Returns the total. Two barriers.
-__device__ __forceinline__ uint32_t FindRankBins(Cta& cta, BinOrder order, uint32_t first_rank,
+// counts, bin 0 at the top, ordered by a barrier, not all zero. Out: the bins, known to all
+// threads; the histogram is zero again. Returns the total. Two barriers.
+//
+// Every warp that holds bins learns its own total and those before it; only the warp in which a
+// rank falls looks further.
+__device__ __forceinline__ uint32_t FindRankBins(Cta& cta, uint32_t first_rank,
                                                  uint32_t second_rank, RankBin* first,
                                                  RankBin* second) {
-  // Coarse bins from the top: positive steps downwards from the middle, then negative ones, which
-  // continue downwards from the end. For the smallest, the other way round.
-  constexpr int kMiddle = kBinVectors / 2;
-  uint32_t counts[kBinsPerThread];
-  uint32_t sum = 0;
+  constexpr int kSearchWarps = kBinThreads / 32;
+  uint32_t* totals = cta.header->bin_totals;
+  uint32_t counts[kBinsPerThread] = {};
+  uint32_t sum = 0, warp_total = 0;
+  if (cta.warp < kSearchWarps) {
 #pragma unroll
-  for (int i = 0; i < kBinsPerThread / 4; ++i) {
-    const int from_top = kBinsPerThread / 4 * cta.thread + i;
-    const int place = order == BinOrder::kFromTop      ? from_top
-                      : order == BinOrder::kRawLargest ? kMiddle - 1 - from_top
-                                                       : kMiddle + from_top;
-    uint4 bins = make_uint4(0, 0, 0, 0);
-    if (kBinThreads == kThreads || cta.thread < kBinThreads) {
-      uint4* own_bins = reinterpret_cast<uint4*>(cta.bins) + (place & (kBinVectors - 1));
-      bins = *own_bins;
+    for (int i = 0; i < kBinsPerThread / 4; ++i) {
+      uint4* own_bins = reinterpret_cast<uint4*>(cta.bins) + kBinsPerThread / 4 * cta.thread + i;
+      const uint4 bins = *own_bins;
       *own_bins = make_uint4(0, 0, 0, 0);
+      counts[4 * i] = bins.x;
+      counts[4 * i + 1] = bins.y;
+      counts[4 * i + 2] = bins.z;
+      counts[4 * i + 3] = bins.w;
+      sum += bins.x + bins.y + bins.z + bins.w;
     }
-    const bool is_reversed = order == BinOrder::kRawLargest;
-    counts[4 * i] = is_reversed ? bins.w : bins.x;
-    counts[4 * i + 1] = is_reversed ? bins.z : bins.y;
-    counts[4 * i + 2] = is_reversed ? bins.y : bins.z;
-    counts[4 * i + 3] = is_reversed ? bins.x : bins.w;
-    sum += bins.x + bins.y + bins.z + bins.w;
+    warp_total = WarpSum(sum);
+    if (cta.lane == 0) totals[cta.warp] = warp_total;
   }
-  const Scan scan = BlockScan(cta, sum);
+  SyncThreads();  // totals before their reads
+  const uint32_t of_warp = cta.lane < kSearchWarps ? totals[cta.lane] : 0;
+  const uint32_t total = WarpSum(of_warp);
+  if (cta.warp < kSearchWarps) {
+    const uint32_t warp_before = WarpSum(cta.lane < cta.warp ? of_warp : 0);
+    const uint32_t first_inner = max(min(first_rank, total), 1u) - 1 - warp_before;
+    const uint32_t second_inner = max(min(second_rank, total), 1u) - 1 - warp_before;
+    // Unsigned: ranks before this warp are as wrong as those behind it.
+    if (first_inner < warp_total || second_inner < warp_total) {
+      const uint32_t before = WarpInclusiveSum(cta.lane, sum) - sum;
 #pragma unroll
-  for (int i = 0; i < 2; ++i) {
-    if (i == 1 && second_rank == first_rank) break;
-    const uint32_t rank = max(min(i == 0 ? first_rank : second_rank, scan.total), 1u);
-    const uint32_t inner = rank - 1 - scan.before;
-    if (inner < sum) {  // unsigned: this thread's bins hold the rank
-      uint32_t before = 0, slot = 0, inside = counts[0];
+      for (int i = 0; i < 2; ++i) {
+        const uint32_t inner = (i == 0 ? first_inner : second_inner) - before;
+        if (inner >= sum || (i == 0 ? first_inner : second_inner) >= warp_total) continue;
+        uint32_t reached = counts[0], slot = 0, slot_before = 0, inside = counts[0];
 #pragma unroll
-      for (int j = 1; j < kBinsPerThread; ++j) {
-        if (inner >= before + inside) {
-          before += inside;
-          inside = counts[j];
-          slot = j;
+        for (int j = 1; j < kBinsPerThread; ++j) {
+          if (inner >= reached) {
+            slot = j;
+            slot_before = reached;
+            inside = counts[j];
+          }
+          reached += counts[j];
         }
+        cta.header->found[i] = make_uint4(kBinsPerThread * static_cast<uint32_t>(cta.thread) + slot,
+                                          warp_before + before + slot_before, inside, 0);
       }
-      cta.header->found[i] = make_uint4(kBinsPerThread * static_cast<uint32_t>(cta.thread) + slot,
-                                        scan.before + before, inside, 0);
     }
   }
   SyncThreads();  // the found bins before their reads; the cleared bins before the next counts
   const uint4 first_found = cta.header->found[0];
-  const uint4 second_found = cta.header->found[second_rank == first_rank ? 0 : 1];
+  const uint4 second_found = cta.header->found[1];
   *first = RankBin{first_found.x, first_found.y, first_found.z};
   *second = RankBin{second_found.x, second_found.y, second_found.z};
-  return scan.total;
+  return total;
 }
 
-// Splits a bracket evenly: bin from the top = (highest - key) >> shift, below kBins.
+// Splits a bracket evenly: bin from the top = (highest - key) >> shift, below 2^log_bins.
 struct LinearBins {
   uint32_t highest;
   int shift;
 
-  __device__ explicit LinearBins(const Bracket& bracket) : highest(bracket.highest) {
+  __device__ explicit LinearBins(const Bracket& bracket, int log_bins = kLogBins)
+      : highest(bracket.highest) {
     const uint32_t range = bracket.highest - bracket.lowest;
     const int bits = 32 - __clz(range);
-    shift = bits > kBinBits ? bits - kBinBits : 0;
+    shift = bits > log_bins ? bits - log_bins : 0;
   }
   __device__ __forceinline__ uint32_t FromTop(uint32_t key) const {
     return (highest - key) >> shift;
@@ -223,8 +241,8 @@ struct LinearBins {
   }
 
  private:
-  static constexpr int kBinBits = 11;
-  static_assert((1 << kBinBits) == kBins, "kBinBits follows kBins");
+  static constexpr int kLogBins = 11;
+  static_assert((1 << kLogBins) == kBins, "kLogBins follows kBins");
 };
 
 }  // namespace jax_topk

@@ -10,8 +10,9 @@
 // A row that one tile holds is its own sample: then m = 0 and the bracket is exact.
 //
 // Cost: one pass over the elements, a histogram of coarse bins, three barriers. Data that crowds
-// into few coarse bins (clustered, equal, few distinct values) needs refinements: two passes, a
-// histogram and six barriers each.
+// into few coarse bins (clustered, equal, few distinct values) needs refinements: a pass, a
+// histogram and three barriers each. A sample stays in registers, so that only its first visit
+// waits for memory.
 
 #ifndef JAX_TOPK_CUDA_ESTIMATE_BRACKET_CUH_
 #define JAX_TOPK_CUDA_ESTIMATE_BRACKET_CUH_
@@ -25,11 +26,11 @@
 namespace jax_topk {
 
 constexpr float kDeviations = 4.0f;
-constexpr int kSampleElements = 4096;
+constexpr int kSampleElements = 8 * kThreads;
 constexpr int kSamplePiece = 4;  // consecutive vectors
-constexpr int kMaxSampleVectors = 16384;
-// Longer rows get a longer sample: one vector in this many, so that q does not vanish.
+// Longer rows get a longer sample, in rounds: one vector in this many, so that q does not vanish.
 constexpr int kVectorsPerSample = 64;
+constexpr int kMaxSampleRounds = 16;
 // Each refinement splits the bracket into up to kBins parts: three exhaust 32-bit keys.
 constexpr int kMaxRefinements = 4;
 
@@ -67,11 +68,12 @@ __device__ __forceinline__ BracketGoal SampleGoal(uint32_t k, uint32_t populatio
 // that meet in a bin (ATOMS.POPC.INC). What does not count goes to a spare bin, which is cheaper
 // than a branch.
 template <typename T>
-__device__ __forceinline__ void CountCoarse(Cta& cta, const uint4& vector, uint32_t valid) {
+__device__ __forceinline__ void CountCoarse(Cta& cta, const uint4& vector, uint32_t valid,
+                                            uint32_t coarse_flip) {
 #pragma unroll
   for (int i = 0; i < T::kPerVector / 2; ++i) {
     const uint32_t halves = T::Halves(vector, i);
-    const uint32_t steps = T::FourfoldSteps(halves) ^ SignsOfHalves(halves);
+    const uint32_t steps = T::FourfoldSteps(halves) ^ SignsOfHalves(halves) ^ coarse_flip;
     constexpr uint32_t kMask = 4 * kBins - 4;  // also the byte offset of a bin
     unsigned char* bins = reinterpret_cast<unsigned char*>(cta.bins);
     const uint32_t first = valid >> (2 * i) & 1 ? steps & kMask : 4 * kBins;
@@ -94,36 +96,33 @@ __device__ __forceinline__ void CountLinear(Cta& cta, const uint4& vector, uint3
   }
 }
 
-// The smallest range that holds all visited keys inside `bracket`; at least one must be. Three
-// barriers.
+// Counts the elements inside `bracket` by its linear bins, and finds the range of keys that they
+// have. `slot`: alternates between calls, zero first; the header's ranges of that slot are empty on
+// entry, and the other slot's on exit. One barrier.
 template <typename T, typename VisitAll>
-__device__ __forceinline__ Bracket OccupiedRange(Cta& cta, const Bracket& bracket, uint32_t flip,
-                                                 VisitAll visit_all) {
-  if (cta.thread == 0) {
-    cta.header->lowest_key = T::kMaxKey;
-    cta.header->highest_key = 0;
-  }
-  SyncThreads();  // the reset before the minima
+__device__ __forceinline__ Bracket CountAndSeeRange(Cta& cta, const Bracket& bracket,
+                                                    const LinearBins& bins, uint32_t flip, int slot,
+                                                    VisitAll visit_all) {
+  if (cta.thread == 0) cta.header->ranges[slot ^ 1] = make_uint2(T::kMaxKey, 0);
   uint32_t lowest = T::kMaxKey, highest = 0;
   visit_all([&](const uint4& vector, uint32_t valid) {
 #pragma unroll
     for (int i = 0; i < T::kPerVector; ++i) {
       const uint32_t key = T::Key(T::Element(vector, i), flip);
       const bool counts = (valid >> i & 1) != 0 && bracket.Contains(key);
+      atomicAdd(&cta.bins[counts ? bins.FromTop(key) : kBins], 1u);
       lowest = min(lowest, counts ? key : T::kMaxKey);
       highest = max(highest, counts ? key : 0);
     }
   });
   lowest = WarpMin(lowest);
   highest = WarpMax(highest);
-  if (cta.lane == 0) {
-    atomicMin(&cta.header->lowest_key, lowest);
-    atomicMax(&cta.header->highest_key, highest);
+  if (cta.lane == 0 && lowest <= highest) {
+    atomicMin(&cta.header->ranges[slot].x, lowest);
+    atomicMax(&cta.header->ranges[slot].y, highest);
   }
-  SyncThreads();  // minima and maxima before their reads
-  const Bracket range{cta.header->lowest_key, cta.header->highest_key};
-  SyncThreads();  // the reads before the next reset
-  return range;
+  SyncThreads();  // counts, minima and maxima before their reads
+  return Bracket{cta.header->ranges[slot].x, cta.header->ranges[slot].y};
 }
 
 struct Estimate {
@@ -140,35 +139,33 @@ __device__ __forceinline__ bool IsCrowded(const Estimate& estimate, const Bracke
 
 // Narrows a crowded bracket by histograms over the range that its visited elements occupy.
 template <typename T, typename VisitAll>
-__device__ __forceinline__ Estimate RefineEstimate(Cta cta, const BracketGoal goal, uint32_t flip,
+__device__ __forceinline__ Estimate RefineEstimate(Cta& cta, const BracketGoal& goal, uint32_t flip,
                                                    bool is_open_above, bool is_open_below,
                                                    Estimate result, VisitAll visit_all) {
+  Bracket outer = result.bracket;
 #pragma unroll 1
   for (int i = 0; i < kMaxRefinements && IsCrowded(result, goal); ++i) {
-    const Bracket outer = OccupiedRange<T>(cta, result.bracket, flip, visit_all);
-    // Nothing but one value seen: a plateau. Its ties need no room, see FilterTile.
-    if (outer.IsSingleKey()) {
-      result.bracket = outer;
-      break;
-    }
     const LinearBins bins(outer);
-    visit_all([&](const uint4& vector, uint32_t valid) {
-      CountLinear<T>(cta, vector, valid, flip, outer, bins);
-    });
-    SyncThreads();  // counts before the search
+    const Bracket seen = CountAndSeeRange<T>(cta, outer, bins, flip, i & 1, visit_all);
     const uint32_t above = result.above;
     const uint32_t inside = result.inside;
     RankBin high, low;
-    FindRankBins(cta, BinOrder::kFromTop, is_open_above ? 1 : goal.ranks.high - above,
-                 goal.ranks.low - above, &high, &low);
+    FindRankBins(cta, is_open_above ? 1 : goal.ranks.high - above, goal.ranks.low - above, &high,
+                 &low);
+    // Nothing but one value seen: a plateau. Its ties need no room, see FilterTile.
+    if (seen.IsSingleKey()) {
+      result.bracket = seen;
+      break;
+    }
     const Bracket split = bins.Keys(high.bin, low.bin, outer);
     if (!is_open_below) result.bracket.lowest = split.lowest;
     if (!is_open_above) result.bracket.highest = split.highest;
     if (!is_open_above) result.above = above + high.above;
     result.inside = above + low.above + low.inside - result.above;
     // Few values with many ties each, and the ranks fall on several of them: only exact counts
-    // help.
-    if (result.inside == inside) break;
+    // help. The first round may have split a range that its elements hardly fill.
+    if (i > 0 && result.inside == inside && goal.ranks.high != goal.ranks.low) break;
+    outer = Bracket{max(split.lowest, seen.lowest), min(split.highest, seen.highest)};
   }
   return result;
 }
@@ -179,12 +176,13 @@ __device__ __forceinline__ Estimate RefineEstimate(Cta cta, const BracketGoal go
 template <typename T, typename VisitAll>
 __device__ __forceinline__ Estimate EstimateBracket(Cta& cta, const BracketGoal& goal,
                                                     uint32_t flip, VisitAll visit_all) {
-  visit_all([&](const uint4& vector, uint32_t valid) { CountCoarse<T>(cta, vector, valid); });
+  const uint32_t coarse_flip = CoarseFlip(flip);
+  visit_all([&](const uint4& vector, uint32_t valid) {
+    CountCoarse<T>(cta, vector, valid, coarse_flip);
+  });
   SyncThreads();  // counts before the search
   RankBin high, low;
-  const uint32_t num_visited =
-      FindRankBins(cta, flip == 0 ? BinOrder::kRawLargest : BinOrder::kRawSmallest, goal.ranks.high,
-                   goal.ranks.low, &high, &low);
+  const uint32_t num_visited = FindRankBins(cta, goal.ranks.high, goal.ranks.low, &high, &low);
   // A side that no rank of the sample limits stays open: the row may hold keys beyond its sample.
   const bool is_open_above = goal.ranks.high == 0;
   const bool is_open_below = goal.ranks.low > num_visited;
@@ -203,43 +201,72 @@ __device__ __forceinline__ Estimate EstimateBracket(Cta& cta, const BracketGoal&
   return result;
 }
 
-// Vectors in the sample of a row: a power of two.
-template <typename T>
-__device__ __forceinline__ int SampleVectors(const RowWindow& window) {
-  int num_samples = kSampleElements / T::kPerVector;
-  while (num_samples < kMaxSampleVectors && window.num_vectors / num_samples > kVectorsPerSample) {
-    num_samples *= 2;
-  }
-  return num_samples;
-}
-
-// Visits a thread's share of the sample: 64 consecutive bytes at a pseudo-random place in each of
-// equally long stretches of the row, so that neither a trend nor a period in the data misleads.
+// One thread's share of the sample of a row: 64 consecutive bytes at a pseudo-random place in each
+// of equally long stretches of the row, so that neither a trend nor a period in the data misleads.
 // Smaller pieces would be better samples, but every line that a warp touches costs a cycle of the
-// L1: 1024 separate vectors take 1000 cycles. They stay in L1 for a second visit.
-template <typename T, typename Visit>
-__device__ __forceinline__ void VisitSample(int thread, const RowWindow& window, int num_samples,
-                                            Visit visit) {
-  constexpr int kAtOnce = kSampleElements / T::kPerVector / kThreads;
-  static_assert(kAtOnce >= 1, "a sample has at least one vector per thread");
-  const int shift = 16 + 31 - __clz(num_samples / kSamplePiece);
-#pragma unroll 1
-  for (int first = thread; first < num_samples; first += kAtOnce * kThreads) {
-    VisitVectors<T, kAtOnce>(
-        window,
-        [&](int v) {
-          const uint32_t i = first + v * kThreads;
-          const uint32_t piece = i / kSamplePiece;
-          const uint32_t jitter = (piece * 0x9E3779B1u) >> 16;  // golden ratio hash
-          const uint64_t place = (piece << 16) + jitter;        // piece < 2^14
-          const uint32_t span = max(window.num_vectors - (kSamplePiece - 1), 1);
-          const int32_t index = static_cast<int32_t>((place * span) >> shift) +
-                                static_cast<int32_t>(i % kSamplePiece);
-          return index < window.num_vectors ? index : -1;
-        },
-        visit);
+// L1: 1024 separate vectors take 1000 cycles.
+template <typename T>
+struct Sample {
+  static constexpr int kVectors = kSampleElements / T::kPerVector / kThreads;
+  static_assert(kVectors >= 1 && kVectors * T::kPerVector <= 32, "one bit per element");
+
+  int num_rounds;  // of kSampleElements
+  int thread;
+  uint64_t stretch;         // vectors of the row per piece, with 16 bits behind the point
+  uint4 vectors[kVectors];  // of the first round
+  uint32_t valid;
+
+  // Starts the loads; nothing waits for them here.
+  __device__ __forceinline__ Sample(int thread_index, const RowWindow& window)
+      : num_rounds(1), thread(thread_index) {
+    // The quotient by the number of pieces, rounded down a little, without a division.
+    constexpr uint64_t kPerPiece = (uint64_t{1} << 32) / kPiecesPerRound;
+    const uint64_t span = max(window.num_vectors - (kSamplePiece - 1), 1);
+    stretch = (span * kPerPiece) >> 16;
+    while (num_rounds < kMaxSampleRounds &&
+           window.num_vectors > kVectorsPerSample * kVectors * kThreads * num_rounds) {
+      num_rounds *= 2;
+      stretch /= 2;
+    }
+    Load(window, 0);
   }
-}
+
+  __device__ __forceinline__ uint32_t num_elements() const { return num_rounds * kSampleElements; }
+
+  // Calls visit(vector, valid) for this thread's vectors of all rounds.
+  template <typename Visit>
+  __device__ __forceinline__ void VisitAll(const RowWindow& window, Visit visit) {
+#pragma unroll 1
+    for (int round = 0;;) {
+#pragma unroll
+      for (int v = 0; v < kVectors; ++v) visit(vectors[v], valid >> (v * T::kPerVector));
+      if (++round >= num_rounds) break;
+      Load(window, round);
+    }
+    if (num_rounds > 1) Load(window, 0);
+  }
+
+ private:
+  static constexpr int kPiecesPerRound = kVectors * kThreads / kSamplePiece;
+
+  __device__ __forceinline__ void Load(const RowWindow& window, int round) {
+    valid = 0;
+#pragma unroll
+    for (int v = 0; v < kVectors; ++v) {
+      const uint32_t i = (round * kVectors + v) * kThreads + thread;
+      const uint32_t piece = i / kSamplePiece;
+      const uint32_t jitter = (piece * 0x9E3779B1u) >> 16;  // golden ratio hash
+      const uint64_t place = (uint64_t{piece} << 16) + jitter;
+      const int32_t index =
+          static_cast<int32_t>((place * stretch) >> 32) + static_cast<int32_t>(i % kSamplePiece);
+      vectors[v] = make_uint4(0, 0, 0, 0);
+      if (index < window.num_vectors) {
+        vectors[v] = LoadVector<T>(window, index);
+        valid |= ValidInVector(window, index, T::kPerVector) << (v * T::kPerVector);
+      }
+    }
+  }
+};
 
 }  // namespace jax_topk
 

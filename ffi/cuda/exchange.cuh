@@ -17,8 +17,6 @@
 
 namespace jax_topk {
 
-__device__ __forceinline__ uint32_t PadToVector(uint32_t count) { return (count + 3) & ~3u; }
-
 // Counts of the whole row, and of the CTAs before this one.
 struct RowCounts {
   uint32_t certain;
@@ -29,11 +27,10 @@ struct RowCounts {
   uint32_t padded_open_before;
 };
 
-// Tells every CTA of the row what this one counted. `parity`: 0 for a row's first exchange, then
-// alternating. All earlier accesses to tiles and list must be ordered by a barrier before.
-__device__ __forceinline__ RowCounts ExchangeCounts(Cta& cta, const PartCounts& mine,
-                                                    uint32_t parity) {
-  if (cta.num_active == 1) return RowCounts{mine.certain, mine.open, 0, 0, mine.open, 0};
+// Tells every CTA of the row what this one counted. All earlier accesses to what candidates will
+// overwrite must be ordered by a barrier before.
+__device__ __forceinline__ void SendCounts(const Cta& cta, const PartCounts& mine) {
+  if (cta.num_active == 1) return;
   SharedHeader* header = cta.header;
   if (cta.thread == 0) {
     BarrierExpect(&header->counts_barrier, static_cast<uint32_t>(cta.num_active) * sizeof(uint2));
@@ -43,6 +40,13 @@ __device__ __forceinline__ RowCounts ExchangeCounts(Cta& cta, const PartCounts& 
               make_uint2(mine.certain, mine.open),
               RemoteAddress(&header->counts_barrier, cta.thread));
   }
+}
+
+// What all CTAs of the row sent. `parity`: 0 for a row's first exchange, then alternating.
+__device__ __forceinline__ RowCounts ReceiveCounts(const Cta& cta, const PartCounts& mine,
+                                                   uint32_t parity) {
+  if (cta.num_active == 1) return RowCounts{mine.certain, mine.open, 0, 0, mine.open, 0};
+  SharedHeader* header = cta.header;
   BarrierWait(&header->counts_barrier, parity);
   const uint2 record = cta.lane < cta.num_active ? header->records[cta.lane] : make_uint2(0, 0);
   const bool is_before = cta.lane < cta.rank;
@@ -56,25 +60,8 @@ __device__ __forceinline__ RowCounts ExchangeCounts(Cta& cta, const PartCounts& 
   return row;
 }
 
-// Copies the open keys of the list to cta.own, in any order. In: the complete list, ordered by a
-// barrier; the header's counter is zero. Ends without a barrier.
-__device__ __forceinline__ void ExtractOpenKeys(Cta& cta, uint32_t num_listed,
-                                                uint32_t highest_open) {
-  uint32_t* own = reinterpret_cast<uint32_t*>(cta.own);
-  for (uint32_t first = cta.warp * 32; first < num_listed; first += kThreads) {
-    const uint32_t entry = first + cta.lane;
-    const uint32_t key = entry < num_listed ? cta.list[entry].x : 0;
-    const bool is_open = entry < num_listed && key <= highest_open;
-    const uint32_t open_lanes = WarpBallot(is_open);
-    uint32_t place = 0;
-    if (cta.lane == 0) place = atomicAdd(&cta.header->num_own, __popc(open_lanes));
-    place = WarpBroadcast(place, 0) + __popc(open_lanes & ((1u << cta.lane) - 1));
-    if (is_open) own[place] = key;
-  }
-}
-
 // Gives every CTA of the row the open keys of all: cta.gathered then holds them by CTA, each CTA's
-// share in any order and padded with zeros. In: own open keys complete, ordered by a barrier.
+// share as it collected and padded them. In: own open keys complete, ordered by a barrier.
 __device__ __forceinline__ void GatherCandidates(Cta& cta, const PartCounts& mine,
                                                  const RowCounts& row) {
   if (cta.thread == 0) {
@@ -90,11 +77,7 @@ __device__ __forceinline__ void GatherCandidates(Cta& cta, const PartCounts& min
     const uint32_t barrier = RemoteAddress(&cta.header->candidates_barrier, peer);
 #pragma unroll 1
     for (uint32_t first = 4 * cta.lane; first < mine.open; first += 4 * 32) {
-      uint4 keys = own[first / 4];
-      if (first + 1 >= mine.open) keys.y = 0;
-      if (first + 2 >= mine.open) keys.z = 0;
-      if (first + 3 >= mine.open) keys.w = 0;
-      SendAsync(to + first * sizeof(uint32_t), keys, barrier);
+      SendAsync(to + first * sizeof(uint32_t), own[first / 4], barrier);
     }
   }
   BarrierWait(&cta.header->candidates_barrier, 0);

@@ -1,9 +1,10 @@
 // Step 4: the exact k-th largest key among the open elements, and how many of its ties are wanted.
 //
 // Splits the bracket into bins, keeps the bin that holds the wanted rank, and repeats until the
-// bin has at most 32 elements or is a single key; ordinary data needs one round. One warp then
-// ranks the few that are left. Cost of a round: one pass over the candidates, three barriers; the
-// end: one pass, two barriers.
+// bin has at most 32 elements or is a single key; ordinary data needs one round. What every warp
+// can find from shared memory by itself needs no barrier: the rank's bin, of few enough bins, and
+// the pivot among the few elements that are left. Cost: two passes over the candidates and two
+// barriers. The few candidates of a short row are compared with each other at once: one barrier.
 
 #ifndef JAX_TOPK_CUDA_FIND_PIVOT_CUH_
 #define JAX_TOPK_CUDA_FIND_PIVOT_CUH_
@@ -21,43 +22,98 @@ struct Pivot {
   uint32_t equal_before;
 };
 
-// The candidates to search: `count` keys in shared memory, among them all open keys of the row.
+// The candidates to search: `count` keys in shared memory, among them all open keys of the row. A
+// multiple of 4 at a multiple of 16 bytes; the rest is zeros, the lowest key.
 struct Candidates {
   const uint32_t* keys;
   uint32_t count;
   uint32_t num_before;  // the first so many belong to the CTAs before this one
 };
 
-// Ranks `num` <= 32 keys; by one whole warp. `rank` is 1-based. `is_before` tells whether the key
-// of this lane belongs to a CTA before this one.
-__device__ __forceinline__ void RankFinalists(const Cta& cta, const uint32_t* keys, uint32_t num,
-                                              bool is_before, uint32_t rank) {
-  const bool is_finalist = static_cast<uint32_t>(cta.lane) < num;
-  const uint32_t key = is_finalist ? keys[cta.lane] : 0;
-  uint32_t greater = 0, equal = 0;
-#pragma unroll 1
-  for (uint32_t i = 0; i < num; ++i) {
-    const uint32_t other = keys[i];
-    greater += other > key;
-    equal += other == key;
+// Bins of a round: eight for every lane of a warp.
+constexpr int kLogPivotBins = 8;
+constexpr int kPivotBins = 1 << kLogPivotBins;
+static_assert(kPivotBins == 32 * kBinsPerThread, "a warp holds all bins");
+
+// Finds the bin of a rank (1-based, from the top) in every warp alike. In: complete counts of
+// kPivotBins bins, ordered by a barrier.
+__device__ __forceinline__ RankBin FindRankBinInWarp(const Cta& cta, uint32_t rank) {
+  const uint4* own_bins = reinterpret_cast<const uint4*>(cta.bins) + kBinsPerThread / 4 * cta.lane;
+  const uint4 low = LoadShared(own_bins);
+  const uint4 high = LoadShared(own_bins + 1);
+  const uint32_t counts[kBinsPerThread] = {low.x,  low.y,  low.z,  low.w,
+                                           high.x, high.y, high.z, high.w};
+  const uint32_t sum = low.x + low.y + low.z + low.w + high.x + high.y + high.z + high.w;
+  const uint32_t before = WarpInclusiveSum(cta.lane, sum) - sum;
+  const uint32_t inner = rank - 1 - before;
+  const int source = __ffs(WarpBallot(inner < sum)) - 1;
+  RankBin found{0, 0, counts[0]};
+  uint32_t reached = counts[0];
+#pragma unroll
+  for (int j = 1; j < kBinsPerThread; ++j) {
+    if (inner >= reached) found = RankBin{static_cast<uint32_t>(j), reached, counts[j]};
+    reached += counts[j];
   }
-  const bool is_pivot = is_finalist && greater < rank && rank <= greater + equal;
-  const int source = __ffs(WarpBallot(is_pivot)) - 1;
-  const uint32_t pivot = WarpBroadcast(key, source);
-  const uint32_t num_greater = WarpBroadcast(greater, source);
-  const uint32_t greater_before = __popc(WarpBallot(is_finalist && is_before && key > pivot));
-  const uint32_t equal_before = __popc(WarpBallot(is_finalist && is_before && key == pivot));
-  if (cta.lane == 0) {
-    SharedHeader* header = cta.header;
-    header->pivot_key = pivot;
-    header->num_ties = rank - num_greater;
-    header->greater_before += greater_before;
-    header->equal_before += equal_before;
-  }
+  found.bin = WarpBroadcast(found.bin, source) + kBinsPerThread * source;
+  found.above = WarpBroadcast(before + found.above, source);
+  found.inside = WarpBroadcast(found.inside, source);
+  return found;
 }
 
-__device__ __forceinline__ Pivot ReadPivot(const SharedHeader* header) {
-  return Pivot{header->pivot_key, header->num_ties, header->greater_before, header->equal_before};
+// Ranks the `num` finalists in every warp alike; lane i looks at the i-th. `rank` is 1-based.
+__device__ __forceinline__ Pivot RankFinalists(const Cta& cta, uint32_t num, uint32_t rank) {
+  const SharedHeader* header = cta.header;
+  const uint32_t key = header->finalists[cta.lane];
+  const bool is_before = header->finalist_is_before[cta.lane] != 0;
+  uint32_t greater = 0, reached = 0;
+#pragma unroll 1
+  for (uint32_t first = 0; first < num; first += 4) {
+    const uint4 others = LoadShared(reinterpret_cast<const uint4*>(header->finalists + first));
+    greater += (others.x > key) + (others.y > key) + (others.z > key) + (others.w > key);
+    reached += (others.x >= key) + (others.y >= key) + (others.z >= key) + (others.w >= key);
+  }
+  const bool is_finalist = static_cast<uint32_t>(cta.lane) < num;
+  const bool is_pivot = is_finalist && greater < rank && rank <= reached;
+  const int source = __ffs(WarpBallot(is_pivot)) - 1;
+  Pivot pivot;
+  pivot.key = WarpBroadcast(key, source);
+  pivot.num_ties = rank - WarpBroadcast(greater, source);
+  pivot.greater_before = __popc(WarpBallot(is_finalist && is_before && key > pivot.key));
+  pivot.equal_before = __popc(WarpBallot(is_finalist && is_before && key == pivot.key));
+  return pivot;
+}
+
+// Four threads compare one candidate with all others.
+constexpr int kThreadsPerCandidate = 4;
+constexpr uint32_t kMaxDirect = kThreads / kThreadsPerCandidate;
+
+// Ranks at most kMaxDirect candidates of a row that has one CTA. In: the header's pivot is zero.
+// One barrier.
+__device__ __forceinline__ Pivot RankDirectly(const Cta& cta, const Candidates& candidates,
+                                              uint32_t rank) {
+  static_assert(kThreadsPerCandidate == 4, "two steps sum the shares");
+  const uint32_t own = static_cast<uint32_t>(cta.thread) / kThreadsPerCandidate;
+  const uint32_t share = static_cast<uint32_t>(cta.thread) % kThreadsPerCandidate;
+  const uint32_t key = own < candidates.count ? candidates.keys[own] : 0;
+  // Greater ones, and not smaller ones << 16.
+  uint32_t ahead = 0;
+#pragma unroll 1
+  for (uint32_t vector = share; 4 * vector < candidates.count; vector += kThreadsPerCandidate) {
+    const uint4 others = LoadShared(reinterpret_cast<const uint4*>(candidates.keys) + vector);
+    ahead += (others.x > key) + (others.y > key) + (others.z > key) + (others.w > key);
+    ahead += ((others.x >= key) + (others.y >= key) + (others.z >= key) + (others.w >= key)) << 16;
+  }
+  ahead += WarpShiftUp(ahead, 1);
+  ahead += WarpShiftUp(ahead, 2);
+  const uint32_t greater = ahead & 0xffffu;
+  const bool has_sum = share == kThreadsPerCandidate - 1;
+  if (has_sum && own < candidates.count && greater < rank && rank <= ahead >> 16) {
+    // Several if the pivot has ties, all with the same news.
+    atomicMax(&cta.header->pivot_key, key);
+    atomicMax(&cta.header->num_ties, rank - greater);
+  }
+  SyncThreads();  // the pivot before its reads
+  return Pivot{cta.header->pivot_key, cta.header->num_ties, 0, 0};
 }
 
 // Calls visit(key, index) for this thread's share of the candidates.
@@ -65,29 +121,38 @@ template <typename Visit>
 __device__ __forceinline__ void VisitCandidates(const Cta& cta, const Candidates& candidates,
                                                 Visit visit) {
 #pragma unroll 1
-  for (uint32_t i = cta.thread; i < candidates.count; i += kThreads) visit(candidates.keys[i], i);
+  for (uint32_t first = 4 * cta.thread; first < candidates.count; first += 4 * kThreads) {
+    const uint4 keys = LoadShared(reinterpret_cast<const uint4*>(candidates.keys + first));
+    visit(keys.x, first);
+    visit(keys.y, first + 1);
+    visit(keys.z, first + 2);
+    visit(keys.w, first + 3);
+  }
 }
 
-// Finds the key of 1-based rank `rank` among the candidates inside the bracket, of which there are
-// at most `inside`. In: candidates ordered by a barrier; the header's counters are zero. Ends in a
-// barrier.
+// Finds the key of 1-based rank `rank` among the candidates inside the bracket. In: candidates
+// ordered by a barrier; the histogram, the finalists, the pivot and the header's counters are zero.
+// Ends after a barrier behind which candidates and histogram are no longer needed.
 __device__ __forceinline__ Pivot FindPivot(Cta& cta, const Candidates& candidates, Bracket bracket,
-                                           uint32_t inside, uint32_t rank) {
+                                           uint32_t rank) {
   SharedHeader* header = cta.header;
-  if (candidates.count <= kMaxFinalists) {
-    const bool is_before = static_cast<uint32_t>(cta.lane) < candidates.num_before;
-    if (cta.warp == 0) RankFinalists(cta, candidates.keys, candidates.count, is_before, rank);
-    SyncThreads();  // the pivot before its reads
-    return ReadPivot(header);
+  if (cta.num_active == 1 && candidates.count <= kMaxDirect) {
+    return RankDirectly(cta, candidates, rank);
   }
-  while (inside > kMaxFinalists && !bracket.IsSingleKey()) {
-    const LinearBins bins(bracket);
+  uint32_t inside = candidates.count;
+#pragma unroll 1
+  for (int round = 0; inside > kMaxFinalists && !bracket.IsSingleKey(); ++round) {
+    if (Unlikely(round > 0)) {
+      SyncThreads();  // the last reads of the histogram
+      if (cta.thread < kPivotBins) cta.bins[cta.thread] = 0;
+      SyncThreads();  // the cleared histogram before its use
+    }
+    const LinearBins bins(bracket, kLogPivotBins);
     VisitCandidates(cta, candidates, [&](uint32_t key, uint32_t) {
       atomicAdd(&cta.bins[bracket.Contains(key) ? bins.FromTop(key) : kBins], 1u);
     });
     SyncThreads();  // counts before the search
-    RankBin found, same;
-    FindRankBins(cta, BinOrder::kFromTop, rank, rank, &found, &same);
+    const RankBin found = FindRankBinInWarp(cta, rank);
     bracket = bins.Keys(found.bin, found.bin, bracket);
     rank -= found.above;
     inside = found.inside;
@@ -112,15 +177,11 @@ __device__ __forceinline__ Pivot FindPivot(Cta& cta, const Candidates& candidate
     if (cta.lane == 0 && equal_before != 0) atomicAdd(&header->equal_before, equal_before);
   }
   SyncThreads();  // finalists and sums before their reads
-  if (is_single) {
-    return Pivot{bracket.lowest, rank, header->greater_before, header->equal_before};
-  }
-  if (cta.warp == 0) {
-    RankFinalists(cta, header->finalists, header->num_finalists,
-                  header->finalist_is_before[cta.lane] != 0, rank);
-  }
-  SyncThreads();  // the pivot before its reads
-  return ReadPivot(header);
+  Pivot pivot{bracket.lowest, rank, 0, 0};
+  if (!is_single) pivot = RankFinalists(cta, header->num_finalists, rank);
+  pivot.greater_before += header->greater_before;
+  pivot.equal_before += header->equal_before;
+  return pivot;
 }
 
 }  // namespace jax_topk

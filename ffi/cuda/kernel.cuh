@@ -32,12 +32,13 @@
 #include "narrow_bracket.cuh"
 #include "ordered_key.cuh"
 #include "row_window.cuh"
+#include "stream_part.cuh"
 #include "write_row.cuh"
 
 namespace jax_topk {
 
-// Makes the CTA reachable for its peers. Called while the CTA waits for memory, so that it costs
-// nothing; CTAs that the row does not need have left and count as arrived.
+// Makes the CTA reachable for its peers. Called before the CTA's loads, for which the fence would
+// wait; CTAs that the row does not need have left and count as arrived.
 __device__ __forceinline__ void JoinCluster(const Cta& cta) {
   SharedHeader* header = cta.header;
   if (cta.thread == 0) {
@@ -56,31 +57,36 @@ __device__ __forceinline__ void JoinCluster(const Cta& cta) {
 __device__ __forceinline__ void InitCta(const Cta& cta) {
   SharedHeader* header = cta.header;
   if (cta.thread == 32) {  // not thread 0, which has the barriers to do
-    header->packed_counts = 0;
+    header->num_chunks = 0;
     header->num_own = 0;
     header->num_finalists = 0;
     header->greater_before = 0;
     header->equal_before = 0;
+    header->ranges[0] = make_uint2(~0u, 0);
+    header->pivot_key = 0;
+    header->num_ties = 0;
   }
+  if (cta.warp == 2) header->finalists[cta.lane] = 0;
   ClearBins(cta);
 }
 
 // Steps 4 and 5 of a row of more than k elements, once the counts have proved the bracket. In: own
 // open keys complete in cta.own, ordered by a barrier.
 template <typename T, typename Source>
-__device__ __forceinline__ void FinishRow(Cta& cta, const TopKArgs& args, const Source& source,
+__device__ __forceinline__ void FinishRow(Cta& cta, const TopKArgs& args, Source& source,
                                           const Bracket& bracket, const PartCounts& mine,
                                           const RowCounts& row, const RowOutput<T>& output) {
   const uint32_t k = static_cast<uint32_t>(args.k);
   const uint32_t rank = k - row.certain;
   Selection selection{bracket.lowest, rank, row.certain_before, row.open_before, true, k};
   if (!bracket.IsSingleKey()) {
-    Candidates candidates{reinterpret_cast<const uint32_t*>(cta.own), row.open, 0};
+    Candidates candidates{reinterpret_cast<const uint32_t*>(cta.own), PadToVector(row.open), 0};
     if (cta.num_active > 1) {
       GatherCandidates(cta, mine, row);
       candidates = Candidates{cta.gathered, row.padded_open, row.padded_open_before};
     }
-    const Pivot pivot = FindPivot(cta, candidates, bracket, candidates.count, rank);
+    source.open_keys = candidates.keys + candidates.num_before;
+    const Pivot pivot = FindPivot(cta, candidates, bracket, rank);
     selection.pivot = pivot.key;
     selection.num_ties = pivot.num_ties;
     selection.greater_before += pivot.greater_before;
@@ -107,37 +113,39 @@ __device__ __forceinline__ void SelectShortRow(Cta& cta, const TopKArgs& args,
   CopyTile<T>(cta, window, 0, window.num_vectors, cta.tiles);
   CopyAsyncCommit();
   PlaceCandidates(cta, args, /*has_list=*/false);
-  const Run run = MakeRun<T>(cta, window, 0, window.num_vectors,
+  const Run run = MakeRun<T>(cta.thread, window, 0, window.num_vectors,
                              VectorsPerThread(window.num_vectors), cta.tiles);
-  TileSource<T> source{run, {0, run.valid}, output.flip};
+  TileSource<T> source{run, {}, {}, output.flip, nullptr};
   CopyAsyncWait<0>();
   SyncThreads();  // the tile and the cleared histogram before their use
   const uint32_t k = static_cast<uint32_t>(args.k);
   if (Unlikely(window.length <= args.k)) {
+    // Every key is in the bracket, and every tie is selected.
     const uint32_t length = static_cast<uint32_t>(window.length);
+    source.share = SeparateTile<T>(cta, run, Bracket{0, T::kMaxKey}, output.flip, &source.counts);
     WriteRow<T>(cta, source, Selection{0, length, 0, 0, true, length}, args.is_sorted, output);
     PadRow(output, window.length);
     return;
   }
-  const uint32_t capacity = static_cast<uint32_t>(args.list_capacity);
-  const Estimate estimate =
-      EstimateBracket<T>(cta, ExactGoal(k, capacity), output.flip, [&](auto visit) {
-        VisitRun<T>(run,
-                    [&](const uint4& vector, int32_t first) { visit(vector, run.valid >> first); });
-      });
-  source.masks = MakeMasks<T>(run, estimate.bracket, output.flip);
-  CollectOpenKeys<T>(cta, run, source.masks,
-                     FilterGoal{estimate.bracket, k, capacity, output.flip});
-  SyncThreads();  // the open keys before their reads
-  const PartCounts counts{estimate.above, estimate.inside};
-  FinishRow<T>(cta, args, source, estimate.bracket, counts, ExchangeCounts(cta, counts, 0), output);
+  const BracketGoal goal = ExactGoal(k, min(kMaxDirect, static_cast<uint32_t>(args.list_capacity)));
+  const Estimate estimate = EstimateBracket<T>(cta, goal, output.flip, [&](auto visit) {
+    VisitRun<T>(run,
+                [&](const uint4& vector, int32_t first) { visit(vector, run.valid >> first); });
+  });
+  source.share = SeparateTile<T>(cta, run, estimate.bracket, output.flip, &source.counts);
+  if (!estimate.bracket.IsSingleKey()) {
+    CollectOpenKeys<T>(cta, run, source.share, source.counts.open, output.flip);
+    SyncThreads();  // the open keys before their reads
+  }
+  FinishRow<T>(cta, args, source, estimate.bracket, source.counts,
+               ReceiveCounts(cta, source.counts, 0), output);
 }
 
 // The bracket of a long row, before any exact count.
 template <typename T>
 __device__ __forceinline__ Bracket GuessBracket(Cta& cta, const TopKArgs& args,
                                                 const RowWindow& window, const Part& part,
-                                                uint32_t flip) {
+                                                Sample<T>& sample, uint32_t flip) {
   const uint32_t k = static_cast<uint32_t>(args.k);
   const uint32_t length = static_cast<uint32_t>(window.length);
   const uint32_t open_limit = args.list_capacity - k;
@@ -146,19 +154,18 @@ __device__ __forceinline__ Bracket GuessBracket(Cta& cta, const TopKArgs& args,
     return NarrowBracket<T>(cta, window, part, flip, k, open_limit,
                             KnownBracket{{0, T::kMaxKey}, 0, length});
   }
-  const int num_samples = SampleVectors<T>(window);
-  const BracketGoal goal = SampleGoal(k, length, num_samples * T::kPerVector, open_limit);
-  const Estimate estimate = EstimateBracket<T>(
-      cta, goal, flip, [&](auto visit) { VisitSample<T>(cta.thread, window, num_samples, visit); });
+  const BracketGoal goal = SampleGoal(k, length, sample.num_elements(), open_limit);
+  const Estimate estimate =
+      EstimateBracket<T>(cta, goal, flip, [&](auto visit) { sample.VisitAll(window, visit); });
   if (cta.num_active > 1) ClusterWait();
   return estimate.bracket;
 }
 
 // Whether exact counts prove that the bracket holds the k-th key and that what is kept of it fits:
-// its open elements, or `tie_limit` of them if it is a single key.
+// all that is open, unless the bracket is a single key.
 __device__ __forceinline__ bool IsProved(const Bracket& bracket, const RowCounts& row, uint32_t k,
-                                         uint32_t capacity, uint32_t tie_limit) {
-  const uint32_t kept = bracket.IsSingleKey() ? min(row.open, tie_limit) : row.open;
+                                         uint32_t capacity) {
+  const uint32_t kept = bracket.IsSingleKey() ? 0 : row.open;
   return row.certain < k && k <= row.certain + row.open && row.certain + kept <= capacity;
 }
 
@@ -173,80 +180,80 @@ template <typename T>
 __device__ __forceinline__ void SelectResidentRow(Cta& cta, const TopKArgs& args,
                                                   const RowWindow& window, const Part& part,
                                                   int32_t per_thread, const RowOutput<T>& output) {
+  if (cta.num_active > 1) JoinCluster(cta);
+  Sample<T> sample(cta.thread, window);
   CopyTile<T>(cta, window, part.first, part.last, cta.tiles);
   CopyAsyncCommit();
-  if (cta.num_active > 1) JoinCluster(cta);
   PlaceCandidates(cta, args, /*has_list=*/false);
-  TileSource<T> source{
-      MakeRun<T>(cta, window, part.first, part.last, per_thread, cta.tiles), {0, 0}, output.flip};
+  TileSource<T> source{MakeRun<T>(cta.thread, window, part.first, part.last, per_thread, cta.tiles),
+                       {},
+                       {},
+                       output.flip,
+                       nullptr};
   SyncThreads();  // the cleared histogram before its use
-  Bracket bracket = GuessBracket<T>(cta, args, window, part, output.flip);
+  Bracket bracket = GuessBracket<T>(cta, args, window, part, sample, output.flip);
   CopyAsyncWait<0>();
   SyncThreads();  // the tile before its use
   const uint32_t k = static_cast<uint32_t>(args.k);
   const uint32_t capacity = static_cast<uint32_t>(args.list_capacity);
-  PartCounts counts;
   RowCounts row;
 #pragma unroll 1
   for (uint32_t attempt = 0;; ++attempt) {
-    source.masks = MakeMasks<T>(source.run, bracket, output.flip);
-    CollectOpenKeys<T>(cta, source.run, source.masks,
-                       FilterGoal{bracket, k, capacity, output.flip});
-    SyncThreads();  // counts and open keys before their reads
-    const uint32_t packed = cta.header->packed_counts;
-    counts = PartCounts{packed & 0xffffu, packed >> 16};
-    row = ExchangeCounts(cta, counts, attempt);
-    // The ties of a single key are counted, not kept.
-    if (!Unlikely(!IsProved(bracket, row, k, capacity, 0)) || !CanNarrow(args, attempt)) break;
+    source.share = SeparateTile<T>(cta, source.run, bracket, output.flip, &source.counts);
+    SendCounts(cta, source.counts);
+    if (!bracket.IsSingleKey() && source.counts.open <= capacity) {
+      CollectOpenKeys<T>(cta, source.run, source.share, source.counts.open, output.flip);
+    }
+    row = ReceiveCounts(cta, source.counts, attempt);
+    if (!Unlikely(!IsProved(bracket, row, k, capacity)) || !CanNarrow(args, attempt)) break;
     bracket = NarrowBracket<T>(cta, window, part, output.flip, k, capacity - k,
                                LearnFromFailure<T>(bracket, row, k, window.length));
-    SyncThreads();  // the last reads of the counters before their reset
-    if (cta.thread == 0) {
-      cta.header->packed_counts = 0;
-      cta.header->num_own = 0;
-    }
-    SyncThreads();  // the reset before the next counts
   }
-  FinishRow<T>(cta, args, source, bracket, counts, row, output);
+  SyncThreads();  // open keys before their reads
+  FinishRow<T>(cta, args, source, bracket, source.counts, row, output);
 }
 
-// A row whose parts are streamed: elements at or above the bracket are kept in a list.
+// A row whose parts are streamed: elements at or above the bracket are kept in lists.
 template <typename T>
 __device__ __forceinline__ void SelectStreamedRow(Cta& cta, const TopKArgs& args,
                                                   const RowWindow& window, const Part& part,
                                                   const RowOutput<T>& output) {
-  StartStream<T>(cta, window, part, args.num_stages);
   if (cta.num_active > 1) JoinCluster(cta);
+  Sample<T> sample(cta.thread, window);
+  StreamSource<T> source{
+      window, MakeListPool(cta, args.layout), MakeWarpPart(cta, part), {}, output.flip, nullptr};
+  StartStream<T>(cta, window, source.warp.part, args.num_stages);
   PlaceCandidates(cta, args, /*has_list=*/true);
   SyncThreads();  // the cleared histogram before its use
-  Bracket bracket = GuessBracket<T>(cta, args, window, part, output.flip);
+  source.bracket = GuessBracket<T>(cta, args, window, part, sample, output.flip);
   const uint32_t k = static_cast<uint32_t>(args.k);
   const uint32_t capacity = static_cast<uint32_t>(args.list_capacity);
-  ListState state;
+  WarpPrefix sums;
+  PartCounts counts;
   RowCounts row;
-  uint32_t tie_limit = k;
 #pragma unroll 1
   for (uint32_t attempt = 0;; ++attempt) {
-    state = FilterStream<T>(cta, window, part, args.num_stages,
-                            FilterGoal{bracket, tie_limit, capacity, output.flip});
-    row = ExchangeCounts(cta, state.counts, attempt & 1);
-    if (!Unlikely(!IsProved(bracket, row, k, capacity, tie_limit))) break;
-    if (tie_limit == k && IsProved(bracket, row, k, capacity, k - row.certain)) {
-      // The list is short of room for k ties of a single key, but fewer are wanted.
-      tie_limit = k - row.certain;
-    } else if (CanNarrow(args, attempt)) {
-      bracket = NarrowBracket<T>(cta, window, part, output.flip, k, capacity - k,
-                                 LearnFromFailure<T>(bracket, row, k, window.length));
-    } else {
-      break;
-    }
-    StartStream<T>(cta, window, part, args.num_stages);
+    FilterStream<T>(cta, window, source.pool, args.num_stages, source.bracket, output.flip,
+                    &source.warp);
+    if (cta.lane == 0) cta.header->warp_chunks[cta.warp] = source.warp.NumChunks();
+    sums = SumOverWarps(cta, make_uint2(source.warp.counts.certain, source.warp.counts.open), 0);
+    counts = PartCounts{sums.total.x, sums.total.y};
+    SendCounts(cta, counts);
+    row = ReceiveCounts(cta, counts, attempt);
+    if (!Unlikely(!IsProved(source.bracket, row, k, capacity)) || !CanNarrow(args, attempt)) break;
+    source.bracket = NarrowBracket<T>(cta, window, part, output.flip, k, capacity - k,
+                                      LearnFromFailure<T>(source.bracket, row, k, window.length));
+    source.warp = MakeWarpPart(cta, part);
+    StartStream<T>(cta, window, source.warp.part, args.num_stages);
+    if (cta.thread == 0) cta.header->num_chunks = 0;
+    SyncThreads();  // the reset before the next lists
   }
-  if (!bracket.IsSingleKey()) {
-    ExtractOpenKeys(cta, state.listed, bracket.highest);
+  if (!source.bracket.IsSingleKey()) {
+    ExtractOpenKeys(cta, source.pool, source.bracket.highest);
+    PadOpenKeys(cta, counts.open);
     SyncThreads();  // own open keys before their reads
   }
-  FinishRow<T>(cta, args, ListSource(cta, state.listed), bracket, state.counts, row, output);
+  FinishRow<T>(cta, args, source, source.bracket, counts, row, output);
 }
 
 // Vectors of each CTA's part: the row in equal parts, but no part shorter than the plan wants.
@@ -269,8 +276,11 @@ __device__ __forceinline__ void SelectRow(const TopKArgs& args) {
   const int32_t length = min(max(raw_length, 0), width - start);
   const RowOutput<T> output(args, row, T::SignFlip(args.is_smallest));
   const bool is_copy = length <= args.k && !args.is_sorted;
+  // A row that needs one CTA is not always given to the first of its cluster: the clusters of an
+  // SM's two places mostly lie alike, and their first CTAs would share that SM.
+  const int server = args.cluster_mask & static_cast<int>(row);
   if (is_copy) {
-    if (cta.rank != 0) return;
+    if (cta.rank != server) return;
     CopyIndices(length, output.indices, args.k);
     if (output.values == nullptr) return;
   }
@@ -288,7 +298,9 @@ __device__ __forceinline__ void SelectRow(const TopKArgs& args) {
       args.cluster_size > 1 && !is_forced_short ? min(kThreads * 4, kTileVectors) : kTileVectors;
   if ((args.path == static_cast<int>(Path::kAuto) || is_forced_short) &&
       window.num_vectors <= short_vectors) {
-    if (cta.rank == 0) SelectShortRow<T>(cta, args, window, output);
+    if (cta.rank != server) return;
+    cta.rank = 0;
+    SelectShortRow<T>(cta, args, window, output);
     return;
   }
   const int32_t each = VectorsPerCta(args, window.num_vectors);

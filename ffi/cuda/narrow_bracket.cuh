@@ -37,9 +37,9 @@ __device__ __forceinline__ KnownBracket LearnFromFailure(const Bracket& guess, c
 }
 
 template <typename T>
-__device__ __forceinline__ Bracket NarrowBracket(Cta cta, const RowWindow window, const Part part,
-                                                 uint32_t flip, uint32_t k, uint32_t open_limit,
-                                                 KnownBracket known) {
+__device__ __forceinline__ Bracket NarrowBracket(Cta& cta, const RowWindow& window,
+                                                 const Part& part, uint32_t flip, uint32_t k,
+                                                 uint32_t open_limit, KnownBracket known) {
   for (uint32_t round = 0; known.inside > open_limit && !known.keys.IsSingleKey(); ++round) {
     const LinearBins bins(known.keys);
     const auto visit_part = [&](auto visit) {
@@ -62,7 +62,7 @@ __device__ __forceinline__ Bracket NarrowBracket(Cta cta, const RowWindow window
     if (cta.num_active > 1) SumBins(cta, round & 1);
     RankBin found, same;
     const uint32_t rank = k - known.above;
-    FindRankBins(cta, BinOrder::kFromTop, rank, rank, &found, &same);
+    FindRankBins(cta, rank, rank, &found, &same);
     known.keys = bins.Keys(found.bin, found.bin, known.keys);
     known.above += found.above;
     known.inside = found.inside;

@@ -6,8 +6,8 @@
 // largest keys. Both directions are bijections: values are recovered bit for bit.
 //
 // Integer instructions run at half rate on these GPUs (64 lanes per SM and cycle), so the two
-// passes over all elements avoid keys: RawRange compares bits directly, and coarse bins are
-// computed for two elements at a time from their upper 16 bits.
+// passes over all elements avoid keys: KeyTest compares bits directly, and coarse bins are computed
+// for two elements at a time from their upper 16 bits.
 
 #ifndef JAX_TOPK_CUDA_ORDERED_KEY_CUH_
 #define JAX_TOPK_CUDA_ORDERED_KEY_CUH_
@@ -57,37 +57,48 @@ struct KeyOrder {
   }
 };
 
-// The elements with keys from `lowest` up, as a range of their bits: bits - first <= span, modulo
-// the word. From the top of the order down, bits fall from the largest word of the upper sign to
-// its zero, then rise from the other sign's zero, so that an upper set is one range modulo the
-// word.
+// Compares elements with one key without computing theirs. Elements of the sign that the order puts
+// first have keys with the sign bit set, and bits ^ flip ^ sign is their key; of the others it is
+// below every such key. Likewise bits ^ flip ^ ones is the key of the others, and of the first ones
+// it is above every key of the others. So one exclusive or, chosen by the key's half, gives a word
+// that compares with that key as the element's own key would.
 template <typename T>
-struct RawRange {
-  uint32_t first;
-  uint32_t span;
+struct KeyTest {
+  uint32_t key;
+  uint32_t mask;
 
-  __device__ __forceinline__ RawRange(uint32_t lowest, uint32_t flip) {
-    const uint32_t bits = T::Bits(lowest, flip);
-    if (lowest & T::kSign) {  // within the upper sign: up to its largest word
-      first = bits;
-      span = ((T::kSign - 1) ^ flip) - bits;
-    } else {  // all of the upper sign, and the other one down to `bits`
-      first = flip;
-      span = (bits - flip) & T::kMaxKey;
+  __device__ __forceinline__ KeyTest(uint32_t compared_key, uint32_t flip)
+      : key(compared_key), mask(flip ^ (compared_key & T::kSign ? T::kSign : T::kMaxKey)) {}
+  __device__ __forceinline__ bool AtLeast(uint32_t bits) const { return (bits ^ mask) >= key; }
+  __device__ __forceinline__ bool Above(uint32_t bits) const { return (bits ^ mask) > key; }
+  // Whether some element of the vector is at least the key.
+  __device__ __forceinline__ bool SomeAtLeast(const uint4& vector) const {
+    if constexpr (T::kBits == 32) {
+      return max(max(vector.x ^ mask, vector.y ^ mask), max(vector.z ^ mask, vector.w ^ mask)) >=
+             key;
+    } else {
+      const uint32_t both = mask | mask << 16;
+      const uint32_t highest =
+          MaxUnsignedHalves(MaxUnsignedHalves(vector.x ^ both, vector.y ^ both),
+                            MaxUnsignedHalves(vector.z ^ both, vector.w ^ both));
+      return max(highest & 0xffffu, highest >> 16) >= key;
     }
-  }
-  __device__ __forceinline__ bool Contains(uint32_t bits) const {
-    return ((bits - first) & T::kMaxKey) <= span;
   }
 };
 
 // Coarse bins split the whole key range into kBins monotone bins: 32 per octave, for float32 and
-// bfloat16 between 2^-15 and 2^17 of either sign. The histogram's natural order is by bits: bin
-// `step` for positive and kBins - 1 - step for negative numbers, which needs one operation for the
-// sign. Readers of the histogram put it into the order of keys, see Histogram.
+// bfloat16 between 2^-15 and 2^17 of either sign. Counted from the top of the order, a positive
+// number's bin is kHalfBins - 1 - step and a negative one's kHalfBins + step if the largest are
+// wanted, the other way round if the smallest are. Either is the step, inverted by the sign and by
+// CoarseFlip: one operation of three inputs for two elements.
 constexpr uint32_t kHalfBins = kBins / 2;
 
 __device__ __forceinline__ uint32_t BothHalves(uint32_t half) { return half | half << 16; }
+
+// For fourfold steps that SignsOfHalves has inverted where negative.
+__device__ __forceinline__ uint32_t CoarseFlip(uint32_t flip) {
+  return flip == 0 ? BothHalves(4 * (kHalfBins - 1)) : BothHalves(4 * kHalfBins);
+}
 
 struct FloatSteps {
   static constexpr uint32_t kFirst = (127 - 15) << 7;  // upper half of 2^-15; below it, step 0
@@ -108,7 +119,6 @@ static_assert(FloatSteps::kScale == 4, "Fourfold needs no shift");
 
 struct Float32 : KeyOrder<uint32_t> {
   static constexpr int kMaxVectors = jax_topk::kMaxVectors;
-  static constexpr int kStreamVectors = jax_topk::kStreamVectors;
   static constexpr uint32_t kInfinity = 0x7f800000u;
   __device__ __forceinline__ static uint32_t FourfoldSteps(uint32_t halves) {
     return FloatSteps::Fourfold(halves);
@@ -120,7 +130,6 @@ struct Float32 : KeyOrder<uint32_t> {
 
 struct BFloat16 : KeyOrder<uint16_t> {
   static constexpr int kMaxVectors = 3;
-  static constexpr int kStreamVectors = 3;
   static constexpr uint32_t kInfinity = 0x7f80u;
   __device__ __forceinline__ static uint32_t FourfoldSteps(uint32_t halves) {
     return FloatSteps::Fourfold(halves);
@@ -132,7 +141,6 @@ struct BFloat16 : KeyOrder<uint16_t> {
 
 struct Float16 : KeyOrder<uint16_t> {
   static constexpr int kMaxVectors = 3;
-  static constexpr int kStreamVectors = 3;
   static constexpr uint32_t kInfinity = 0x7c00u;
   // 2^15 magnitudes over kHalfBins steps: a step is 32.
   __device__ __forceinline__ static uint32_t FourfoldSteps(uint32_t halves) {

@@ -28,9 +28,13 @@ __device__ __forceinline__ int ClusterRank() {
 #endif
   return static_cast<int>(rank);
 }
+// The CTA's dynamic shared memory. Its address is hidden from the compiler, which would compute it
+// anew at every use, from a special register that answers slowly.
 __device__ __forceinline__ unsigned char* SharedMemory() {
   extern __shared__ __align__(128) unsigned char shared_memory[];
-  return shared_memory;
+  uint32_t address = static_cast<uint32_t>(__cvta_generic_to_shared(shared_memory));
+  asm volatile("" : "+r"(address));
+  return static_cast<unsigned char*>(__cvta_shared_to_generic(address));
 }
 __device__ __forceinline__ void SyncThreads() { __syncthreads(); }
 __device__ __forceinline__ void SyncWarp() { __syncwarp(); }
@@ -52,8 +56,26 @@ __device__ __forceinline__ int32_t LoadWord(const int32_t* pointer) {
   return value;
 }
 
-// 16 bytes of read-only global memory through L1.
-__device__ __forceinline__ uint4 LoadReadOnly(const uint4* pointer) { return __ldg(pointer); }
+// 16 bytes of read-only global memory through L1. Volatile, so that a load stays where it is
+// written: early, before work that hides its latency.
+__device__ __forceinline__ uint4 LoadReadOnly(const uint4* pointer) {
+  uint4 value;
+  asm volatile("ld.global.nc.v4.u32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(value.x), "=r"(value.y), "=r"(value.z), "=r"(value.w)
+               : "l"(pointer));
+  return value;
+}
+
+// 16 bytes of shared memory by one instruction; the compiler tends to split them, and then lanes
+// that read their own vectors meet in the same banks.
+__device__ __forceinline__ uint4 LoadShared(const uint4* pointer) {
+  uint4 value;
+  asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(value.x), "=r"(value.y), "=r"(value.z), "=r"(value.w)
+               : "r"(static_cast<uint32_t>(__cvta_generic_to_shared(pointer)))
+               : "memory");
+  return value;
+}
 
 // Approximate, a few units in the last place: for guesses that are verified.
 __device__ __forceinline__ float FastDivide(float a, float b) { return __fdividef(a, b); }
@@ -70,6 +92,9 @@ __device__ __forceinline__ uint32_t SignsOfHalves(uint32_t halves) {
   uint32_t signs;
   asm("prmt.b32 %0, %1, 0, 0xbb99;" : "=r"(signs) : "r"(halves));
   return signs;
+}
+__device__ __forceinline__ uint32_t MaxUnsignedHalves(uint32_t a, uint32_t b) {
+  return __vmaxu2(a, b);
 }
 // max(a + b, c) and min(a, b) of signed halves.
 __device__ __forceinline__ uint32_t AddMaxHalves(uint32_t a, uint32_t b, uint32_t c) {

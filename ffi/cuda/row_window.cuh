@@ -129,12 +129,13 @@ struct Run {
   uint32_t valid;    // bit i: element i lies in the window and in the part
 };
 
-// This thread's run in a tile that holds the vectors [first, last), or the first of them.
+// The run of the `turn`-th thread in a tile that holds the vectors [first, last), or the first of
+// them.
 template <typename T>
-__device__ __forceinline__ Run MakeRun(const Cta& cta, const RowWindow& window, int32_t first,
+__device__ __forceinline__ Run MakeRun(int turn, const RowWindow& window, int32_t first,
                                        int32_t last, int32_t per_thread,
                                        const unsigned char* tile) {
-  const int32_t slot = cta.thread * per_thread;
+  const int32_t slot = turn * per_thread;
   Run run;
   run.vectors = reinterpret_cast<const uint4*>(tile) + slot;
   run.num_vectors = min(per_thread, last - first - slot);
@@ -159,7 +160,9 @@ __device__ __forceinline__ Run MakeRun(const Cta& cta, const RowWindow& window, 
 template <typename T, typename Visit>
 __device__ __forceinline__ void VisitRun(const Run& run, Visit visit) {
 #pragma unroll 1
-  for (int32_t v = 0; v < run.num_vectors; ++v) visit(run.vectors[v], v * T::kPerVector);
+  for (int32_t v = 0; v < run.num_vectors; ++v) {
+    visit(LoadShared(run.vectors + v), v * T::kPerVector);
+  }
 }
 
 // The key of element `index` of a run.

@@ -1,9 +1,9 @@
 // Step 5: the selected elements of a part, in the order the contract fixes, to the output.
 //
-// Threads own elements in ascending position, so a scan over "greater than the pivot" and "equal to
-// it" gives every selected element its place in ascending order. The output is staged in shared
+// Threads own elements in ascending position, so counts of what is selected before them give every
+// selected element its place in ascending order. The output is staged in shared
 // memory and stored coalesced: 2048 scattered stores of 4 bytes would cost 1 us. Sorted output goes
-// to the row's first CTA, which sorts (key descending, position ascending).
+// to the row's first CTA, see sort_pairs.cuh.
 
 #ifndef JAX_TOPK_CUDA_WRITE_ROW_CUH_
 #define JAX_TOPK_CUDA_WRITE_ROW_CUH_
@@ -15,6 +15,8 @@
 #include "block.cuh"
 #include "filter_part.cuh"
 #include "row_window.cuh"
+#include "sort_pairs.cuh"
+#include "stream_part.cuh"
 
 namespace jax_topk {
 
@@ -92,93 +94,6 @@ __device__ __forceinline__ void CopyIndices(int32_t length, int32_t* indices, in
   }
 }
 
-// Sorts ascending in shared memory; `size` is a power of two. Bitonic: log2(size)^2 / 2 steps of
-// one barrier each. In and out: ordered by a barrier.
-__device__ __forceinline__ void SortPairs(const Cta& cta, uint64_t* pairs, int size) {
-#pragma unroll 1
-  for (int run = 2; run <= size; run *= 2) {
-#pragma unroll 1
-    for (int stride = run / 2; stride > 0; stride /= 2) {
-      for (int i = cta.thread; i < size / 2; i += kThreads) {
-        const int low = 2 * i - (i & (stride - 1));
-        const uint64_t a = pairs[low], b = pairs[low + stride];
-        const bool ascending = (low & run) == 0;
-        if ((a > b) == ascending) {
-          pairs[low] = b;
-          pairs[low + stride] = a;
-        }
-      }
-      SyncThreads();  // this step's exchanges before the next step's reads
-    }
-  }
-}
-
-// Which of a thread's elements are greater than the pivot, and which equal to it, as bits.
-struct PivotMasks {
-  uint32_t greater;
-  uint32_t equal;
-};
-
-// The elements of a part that one tile holds, and where they stood against the bracket.
-template <typename T>
-struct TileSource {
-  static constexpr int kPerStep = T::kPerVector;
-  Run run;
-  RunMasks masks;
-  uint32_t flip;
-
-  // Only open elements are looked at again.
-  __device__ __forceinline__ PivotMasks Against(uint32_t pivot) const {
-    PivotMasks result{masks.certain, 0};
-#pragma unroll 1
-    for (uint32_t left = masks.open; left != 0; left &= left - 1) {
-      const uint32_t bit = left & (0 - left);
-      const uint32_t key = Key(__ffs(left) - 1);
-      if (key > pivot) result.greater |= bit;
-      if (key == pivot) result.equal |= bit;
-    }
-    return result;
-  }
-  // The same if the pivot is the only key inside the bracket.
-  __device__ __forceinline__ PivotMasks AgainstOnlyKey(uint32_t) const {
-    return PivotMasks{masks.certain, masks.open};
-  }
-  __device__ __forceinline__ int32_t Position(int i) const { return run.position + i; }
-  __device__ __forceinline__ uint32_t Key(int i) const { return KeyInRun<T>(run, i, flip); }
-};
-
-// The kept elements of a part that was streamed: a list of (key, position).
-struct ListSource {
-  static constexpr int kPerStep = 1;
-  const uint2* entries;  // of this thread
-  int count;             // at most 32
-
-  __device__ __forceinline__ ListSource(const Cta& cta, uint32_t num_listed) {
-    const uint32_t each = (num_listed + kThreads - 1) / kThreads;
-    const uint32_t first = min(cta.thread * each, num_listed);
-    entries = cta.list + first;
-    count = static_cast<int>(min(each, num_listed - first));
-  }
-  __device__ __forceinline__ PivotMasks Against(uint32_t pivot) const {
-    PivotMasks result{0, 0};
-#pragma unroll 1
-    for (int i = 0; i < count; ++i) {
-      const uint32_t key = entries[i].x;
-      if (key > pivot) result.greater |= 1u << i;
-      if (key == pivot) result.equal |= 1u << i;
-    }
-    return result;
-  }
-  __device__ __forceinline__ PivotMasks AgainstOnlyKey(uint32_t pivot) const {
-    return Against(pivot);
-  }
-  __device__ __forceinline__ int32_t Position(int i) const {
-    return static_cast<int32_t>(entries[i].y);
-  }
-  __device__ __forceinline__ uint32_t Key(int i) const { return entries[i].x; }
-};
-static_assert((kMaxK + 4096 + kThreads - 1) / kThreads <= 32, "a thread's entries fit one mask");
-
 // What of the row is selected, as seen by one CTA.
 struct Selection {
   uint32_t pivot;           // everything greater is selected
@@ -187,6 +102,15 @@ struct Selection {
   uint32_t equal_before;    // elements equal to it there
   bool is_only_key;         // the pivot is the only key inside the bracket
   uint32_t count;           // selected elements of the row
+
+  // Ties that are left for this CTA and those behind it.
+  __device__ __forceinline__ uint32_t TiesLeft() const {
+    return num_ties > equal_before ? num_ties - equal_before : 0;
+  }
+  // Selected elements in the CTAs before this one.
+  __device__ __forceinline__ uint32_t Before() const {
+    return greater_before + min(equal_before, num_ties);
+  }
 };
 
 // Where a thread's selected elements stand in the row's output.
@@ -197,76 +121,327 @@ struct Place {
   uint32_t base;      // of this CTA's output, within the row's
 };
 
-// Selects all that is greater than the pivot and the wanted ties, lowest positions first. One
-// barrier.
-__device__ __forceinline__ Place SelectPlaces(Cta& cta, const PivotMasks& masks,
-                                              const Selection& selection) {
-  const uint32_t ties_left =
-      selection.num_ties > selection.equal_before ? selection.num_ties - selection.equal_before : 0;
-  const uint32_t num_ties = __popc(masks.equal);
-  // Greater, and equal << 16: a CTA keeps fewer than 2^16 elements.
-  const Scan scan = BlockScan(cta, __popc(masks.greater) | num_ties << 16);
-  const uint32_t ties_before = scan.before >> 16;
-  Place place;
-  place.selected = masks.greater | masks.equal;
-  if (Unlikely(ties_before + num_ties > ties_left)) {
-    place.selected = masks.greater | DropLastBits(masks.equal, ties_before + num_ties - ties_left);
-  }
-  place.local = (scan.before & 0xffffu) + min(ties_before, ties_left);
-  place.count = (scan.total & 0xffffu) + min(scan.total >> 16, ties_left);
-  place.base = selection.greater_before + min(selection.equal_before, selection.num_ties);
-  return place;
+// The open keys of a CTA against the pivot, 32 per entry, as bits.
+struct OpenFlags {
+  uint32_t greater;
+  uint32_t equal;
+};
+
+// `bits` from `offset` < 32 on, continued by `next`.
+__device__ __forceinline__ uint32_t BitsFrom(uint32_t bits, uint32_t next, uint32_t offset) {
+  return offset == 0 ? bits : bits >> offset | next << (32 - offset);
 }
 
-// Sorts a row's selected elements in its first CTA and writes them.
-template <typename T, typename Source>
-__device__ __forceinline__ void SortSelected(const Cta cta, const Source source, const Place place,
-                                             int count, const RowOutput<T> output) {
-  uint2* pairs = reinterpret_cast<uint2*>(cta.own);  // as uint64: ~key above position
-  const bool is_remote = cta.num_active > 1;
-  if (is_remote && cta.rank == 0 && cta.thread == 0) {
-    BarrierExpect(&cta.header->winners_barrier, count * sizeof(uint2));
+// The elements of a part that one tile holds, and where they stood against the bracket.
+template <typename T>
+struct TileSource {
+  Run run;
+  TileShare share;
+  PartCounts counts;  // of the CTA
+  uint32_t flip;
+  const uint32_t* open_keys;  // of the CTA, ascending position, unless the bracket is a single key
+
+  __device__ __forceinline__ int32_t Position(int i) const { return run.position + i; }
+  __device__ __forceinline__ uint32_t Key(int i) const { return KeyInRun<T>(run, i, flip); }
+
+  // Where the selected elements go. At most one barrier, behind which the open keys are no longer
+  // needed.
+  __device__ __forceinline__ Place FindPlaces(const Cta& cta, const Selection& selection) const {
+    return selection.is_only_key ? PlaceOnlyKey(selection) : PlaceByFlags(cta, selection);
   }
-  const uint32_t barrier = is_remote ? RemoteAddress(&cta.header->winners_barrier, 0) : 0;
-  const uint32_t to = is_remote ? RemoteAddress(pairs + place.base, 0) : 0;
-  uint32_t at = place.local;
-#pragma unroll 1
-  for (uint32_t left = place.selected; left != 0; left &= left - 1) {
-    const int i = __ffs(left) - 1;
-    const uint2 pair = make_uint2(static_cast<uint32_t>(source.Position(i)), ~source.Key(i));
-    if (is_remote) {
-      SendAsync(to + at * sizeof(uint2), pair, barrier);
-    } else {
-      pairs[at] = pair;
+
+ private:
+  __device__ __forceinline__ Place PlaceOnlyKey(const Selection& selection) const {
+    const uint32_t ties_left = selection.TiesLeft();
+    const uint32_t ties_before = min(share.open_before, ties_left);
+    const uint32_t num_ties = __popc(share.masks.open);
+    Place place;
+    place.selected = share.masks.certain | share.masks.open;
+    if (Unlikely(ties_before + num_ties > ties_left)) {
+      place.selected =
+          share.masks.certain | DropLastBits(share.masks.open, ties_before + num_ties - ties_left);
     }
-    ++at;
+    place.local = share.certain_before + ties_before;
+    place.count = counts.certain + min(counts.open, ties_left);
+    place.base = selection.Before();
+    return place;
   }
+
+  // The open keys lie in ascending position, so that flags of them, 32 in a word, tell how many
+  // before a thread's own are selected.
+  __device__ __forceinline__ Place PlaceByFlags(const Cta& cta, const Selection& selection) const {
+    OpenFlags* flags = reinterpret_cast<OpenFlags*>(cta.bins);  // no longer needed
+    const int num_words = static_cast<int>((counts.open + 31) / 32);
+#pragma unroll 1
+    for (int word = cta.warp; word < num_words; word += kWarps) {
+      const uint32_t entry = 32 * word + cta.lane;
+      const uint32_t key = entry < counts.open ? open_keys[entry] : 0;
+      const uint32_t greater = WarpBallot(entry < counts.open && key > selection.pivot);
+      const uint32_t equal = WarpBallot(entry < counts.open && key == selection.pivot);
+      if (cta.lane == 0) flags[word] = OpenFlags{greater, equal};
+    }
+    SyncThreads();  // flags before their reads
+    // Greater, and equal << 16: before the thread's own word, and in all.
+    const int own_word = static_cast<int>(share.open_before / 32);
+    uint32_t before = 0, total = 0;
+#pragma unroll 1
+    for (int first = 0; first < num_words; first += 32) {
+      const int word = first + cta.lane;
+      const OpenFlags of_lane = word < num_words ? flags[word] : OpenFlags{0, 0};
+      const uint32_t count = __popc(of_lane.greater) | __popc(of_lane.equal) << 16;
+      const uint32_t ahead = WarpInclusiveSum(cta.lane, count) - count;
+      const uint32_t of_own_word = WarpBroadcast(ahead, own_word & 31);
+      if (own_word >= first && own_word < first + 32) before = total + of_own_word;
+      total += WarpSum(count);
+    }
+    const uint32_t ties_left = selection.TiesLeft();
+    Place place;
+    place.selected = share.masks.certain;
+    place.local = share.certain_before;
+    place.count = counts.certain + (total & 0xffffu) + min(total >> 16, ties_left);
+    place.base = selection.Before();
+    if (own_word >= num_words) {  // nothing open here or behind
+      place.local += (total & 0xffffu) + min(total >> 16, ties_left);
+      return place;
+    }
+    const uint32_t offset = share.open_before % 32;
+    const OpenFlags own = flags[own_word];
+    const OpenFlags next = own_word + 1 < num_words ? flags[own_word + 1] : OpenFlags{0, 0};
+    const uint32_t equal_before = (before >> 16) + __popc(own.equal & LowBits(offset));
+    place.local +=
+        (before & 0xffffu) + __popc(own.greater & LowBits(offset)) + min(equal_before, ties_left);
+    const uint32_t num_open = __popc(share.masks.open);
+    if (num_open == 0) return place;
+    const uint32_t greater = BitsFrom(own.greater, next.greater, offset) & LowBits(num_open);
+    uint32_t equal = BitsFrom(own.equal, next.equal, offset) & LowBits(num_open);
+    const uint32_t num_equal = __popc(equal);
+    if (Unlikely(equal_before + num_equal > ties_left)) {
+      equal = DropLastBits(equal, equal_before + num_equal - ties_left);
+    }
+    // From the order of open elements to their places in the run.
+    uint32_t left = share.masks.open;
+#pragma unroll 1
+    for (uint32_t chosen = greater | equal; chosen != 0; chosen >>= 1, left &= left - 1) {
+      if (chosen & 1) place.selected |= left & (0 - left);
+    }
+    return place;
+  }
+};
+
+// The elements of a part that was streamed, and what was kept of them.
+template <typename T>
+struct StreamSource {
+  const RowWindow& window;
+  ListPool pool;
+  WarpPart warp;
+  Bracket bracket;
+  uint32_t flip;
+  const uint32_t* open_keys;
+
+  // Calls emit(place, key, position) for selected elements until all of the CTA's are; `place`
+  // counts from the CTA's first. Three barriers.
+  template <typename Emit>
+  __device__ __forceinline__ void VisitSelected(Cta& cta, const Selection& selection,
+                                                Emit emit) const {
+    if (selection.is_only_key) {
+      VisitOnlyKey(cta, selection.TiesLeft(), emit);
+    } else {
+      VisitByPivot(cta, selection, emit);
+    }
+  }
+
+ private:
+  // Every listed element is greater than the only key of the bracket, whose ties are read again.
+  template <typename Emit>
+  __device__ __forceinline__ void VisitOnlyKey(const Cta& cta, uint32_t ties_left,
+                                               Emit emit) const {
+    const uint2 before =
+        SumOverWarps(cta, make_uint2(warp.counts.certain, warp.counts.open), 1).before;
+    const uint32_t ties_before = min(before.y, ties_left);
+    const uint32_t ties = min(warp.counts.open, ties_left - ties_before);
+    const uint32_t first = before.x + ties_before;
+    const uint32_t num_done = ties == 0 ? 0 : VisitTies(cta, ties, first, emit);
+    // The rest of the warp's list comes behind its last tie.
+    uint2* rests = cta.header->warp_sums[0];
+    if (cta.lane == 0) rests[cta.warp] = make_uint2(first + ties, num_done);
+    SyncThreads();  // the warps' rests before their reads
+    VisitChunks(cta, pool, [&](uint32_t key, uint32_t position, uint32_t chunk) {
+      const uint32_t label = pool.labels[chunk];
+      const uint2 rest = rests[label & 0xffu];
+      const uint32_t turn = (label >> 8) * kChunkEntries + cta.lane;
+      if (position != kNoPosition && turn >= rest.y) {
+        emit(rest.x + turn, key, static_cast<int32_t>(position));
+      }
+    });
+  }
+
+  template <typename Emit>
+  __device__ __forceinline__ void VisitByPivot(Cta& cta, const Selection& selection,
+                                               Emit emit) const {
+    const ListOrder order = OrderLists(cta);
+    const auto turn_of = [&](uint32_t chunk) {
+      const uint32_t label = pool.labels[chunk];
+      return WarpBroadcast(order.first_chunk, static_cast<int>(label & 0xffu)) + (label >> 8);
+    };
+    // Of each chunk: greater than the pivot, and equal << 16; then the sums of those before.
+    // In place of the histogram; lists with more chunks than bins would not fit shared memory.
+    uint32_t* counts = cta.bins;
+    VisitChunks(cta, pool, [&](uint32_t key, uint32_t position, uint32_t chunk) {
+      const bool is_entry = position != kNoPosition;
+      const uint32_t greater = WarpBallot(is_entry && key > selection.pivot);
+      const uint32_t equal = WarpBallot(is_entry && key == selection.pivot);
+      const uint32_t turn = turn_of(chunk);
+      if (cta.lane == 0) counts[turn] = __popc(greater) | __popc(equal) << 16;
+    });
+    SyncThreads();  // counts before their reads
+    uint32_t before = 0;
+#pragma unroll 1
+    for (uint32_t first = 0; first < order.num_chunks; first += kThreads) {
+      const uint32_t turn = first + static_cast<uint32_t>(cta.thread);
+      const Scan scan = BlockScan(cta, turn < order.num_chunks ? counts[turn] : 0);
+      if (turn < order.num_chunks) counts[turn] = before + scan.before;
+      before += scan.total;
+    }
+    SyncThreads();  // sums before their reads
+    const uint32_t ties_left = selection.TiesLeft();
+    VisitChunks(cta, pool, [&](uint32_t key, uint32_t position, uint32_t chunk) {
+      const uint32_t sums = counts[turn_of(chunk)];
+      const bool is_entry = position != kNoPosition;
+      const bool is_equal = is_entry && key == selection.pivot;
+      const uint32_t equal = WarpBallot(is_equal);
+      const uint32_t ties_before = (sums >> 16) + __popc(equal & LowBits(cta.lane));
+      const bool is_selected =
+          (is_entry && key > selection.pivot) || (is_equal && ties_before < ties_left);
+      const uint32_t lanes = WarpBallot(is_selected);
+      if (is_selected) {
+        emit((sums & 0xffffu) + min(sums >> 16, ties_left) + __popc(lanes & LowBits(cta.lane)), key,
+             static_cast<int32_t>(position));
+      }
+    });
+  }
+
+  // Vectors that a lane reads at once.
+  static constexpr int kAtOnce = 4;
+  static_assert(kAtOnce * T::kPerVector <= 32, "one bit per element");
+
+  // Reads the stretch again and emits what is selected there, from `place` on, until `ties`
+  // elements inside the bracket are found. Returns how many above it were met on the way.
+  template <typename Emit>
+  __device__ __forceinline__ uint32_t VisitTies(const Cta& cta, uint32_t ties, uint32_t place,
+                                                Emit emit) const {
+    uint32_t num_certain = 0;
+#pragma unroll 1
+    for (int32_t first = warp.part.first; ties != 0 && first < warp.part.last;
+         first += 32 * kAtOnce) {
+      const int64_t own = int64_t{first} + kAtOnce * cta.lane;
+      uint4 vectors[kAtOnce];
+      uint32_t certain = 0, open = 0;
+#pragma unroll
+      for (int v = 0; v < kAtOnce; ++v) {
+        vectors[v] = make_uint4(0, 0, 0, 0);
+        if (own + v < warp.part.last) {
+          vectors[v] = LoadVector<T>(window, static_cast<int32_t>(own) + v);
+        }
+      }
+#pragma unroll
+      for (int v = 0; v < kAtOnce; ++v) {
+        if (own + v >= warp.part.last) continue;
+        uint32_t above = 0, inside = 0;
+#pragma unroll
+        for (int i = 0; i < T::kPerVector; ++i) {
+          const uint32_t key = T::Key(T::Element(vectors[v], i), flip);
+          if (key > bracket.highest) above |= 1u << i;
+          if (bracket.Contains(key)) inside |= 1u << i;
+        }
+        const uint32_t valid = ValidInVector(window, static_cast<int32_t>(own) + v, T::kPerVector);
+        certain |= (above & valid) << (v * T::kPerVector);
+        open |= (inside & valid) << (v * T::kPerVector);
+      }
+      const uint32_t num_open = __popc(open);
+      const uint32_t open_before = WarpInclusiveSum(cta.lane, num_open) - num_open;
+      const uint32_t wanted = ties > open_before ? ties - open_before : 0;
+      if (num_open > wanted) open = DropLastBits(open, num_open - wanted);
+      const uint32_t selected = certain | open;
+      const uint32_t count = __popc(selected);
+      const uint32_t inclusive = WarpInclusiveSum(cta.lane, count);
+      uint32_t at = place + inclusive - count;
+#pragma unroll
+      for (int v = 0; v < kAtOnce; ++v) {
+        uint32_t left = selected >> (v * T::kPerVector) & LowBits(T::kPerVector);
+#pragma unroll 1
+        for (; left != 0; left &= left - 1) {
+          const int i = __ffs(left) - 1;
+          const int64_t position = (own + v) * T::kPerVector + i - window.skew;
+          emit(at++, T::Key(T::Element(vectors[v], i), flip), static_cast<int32_t>(position));
+        }
+      }
+      place += WarpBroadcast(inclusive, 31);
+      num_certain += WarpSum(__popc(certain));
+      ties -= WarpSum(__popc(open));
+    }
+    return num_certain;
+  }
+};
+
+// Where the selected elements of a sorted row are collected: in its first CTA.
+struct PairSink {
+  uint2* pairs;  // as uint64: ~key above position
+  uint32_t remote;
+  uint32_t remote_barrier;
+  bool is_remote;
+
+  // `first`: the place in the row of this CTA's first selected element; `count`: of the row's.
+  __device__ __forceinline__ PairSink(const Cta& cta, uint32_t first, uint32_t count)
+      : pairs(reinterpret_cast<uint2*>(cta.own) + first),
+        remote(0),
+        remote_barrier(0),
+        is_remote(cta.num_active > 1) {
+    if (!is_remote) return;
+    if (cta.rank == 0 && cta.thread == 0) {
+      BarrierExpect(&cta.header->winners_barrier, count * sizeof(uint2));
+    }
+    remote = RemoteAddress(pairs, 0);
+    remote_barrier = RemoteAddress(&cta.header->winners_barrier, 0);
+  }
+  __device__ __forceinline__ void Put(uint32_t place, uint32_t key, int32_t position) const {
+    const uint2 pair = make_uint2(static_cast<uint32_t>(position), ~key);
+    if (is_remote) {
+      SendAsync(remote + place * sizeof(uint2), pair, remote_barrier);
+    } else {
+      pairs[place] = pair;
+    }
+  }
+};
+
+// Sorts the pairs of a row in its first CTA and writes them.
+template <typename T>
+__device__ __forceinline__ void SortAndStore(Cta& cta, int count, const RowOutput<T>& output) {
   if (cta.rank != 0) return;
-  const int size = count <= 1 ? 1 : 1 << (32 - __clz(count - 1));
-#pragma unroll 1
-  for (int i = count + cta.thread; i < size; i += kThreads) pairs[i] = make_uint2(~0u, ~0u);
-  if (is_remote) BarrierWait(&cta.header->winners_barrier, 0);
-  SyncThreads();  // pairs before the sort
-  SortPairs(cta, reinterpret_cast<uint64_t*>(pairs), size);
-#pragma unroll 1
-  for (int i = cta.thread; i < count; i += kThreads) {
-    output.Store(i, ~pairs[i].y, static_cast<int32_t>(pairs[i].x));
-  }
+  uint2* pairs = reinterpret_cast<uint2*>(cta.own);
+  if (cta.num_active > 1) BarrierWait(&cta.header->winners_barrier, 0);
+  SyncThreads();  // pairs before the sort; the last reads of what the sort overwrites
+  SortPairs(cta, pairs, reinterpret_cast<uint2*>(cta.spare), count,
+            [&](int rank, const uint2& pair) {
+              output.Store(rank, ~pair.y, static_cast<int32_t>(pair.x));
+            });
 }
 
 // Writes this CTA's selected elements in ascending position, by way of shared memory.
-template <typename T, typename Source>
-__device__ __forceinline__ void StageAndStore(Cta& cta, const Source& source, const Place& place,
-                                              const RowOutput<T>& output) {
+template <typename T>
+__device__ __forceinline__ void StageAndStore(const Cta& cta, const TileSource<T>& source,
+                                              const Place& place, const RowOutput<T>& output) {
+  constexpr int kPerStep = T::kPerVector;
   int32_t* positions = reinterpret_cast<int32_t*>(cta.own);
   uint32_t* keys = reinterpret_cast<uint32_t*>(cta.own) + output.k;
   uint32_t at = place.local;
-  // A few elements per step, so that dense selections take few steps.
+  // A few elements per step, so that dense selections take few steps; gaps are skipped.
 #pragma unroll 1
-  for (uint32_t left = place.selected, first = 0; left != 0;
-       left >>= Source::kPerStep, first += Source::kPerStep) {
+  for (uint32_t left = place.selected, first = 0; left != 0; left >>= kPerStep, first += kPerStep) {
+    const int gap = __ffs(left) - 1;
+    left >>= gap;
+    first += gap;
 #pragma unroll
-    for (uint32_t i = 0; i < Source::kPerStep; ++i) {
+    for (uint32_t i = 0; i < kPerStep; ++i) {
       if (left >> i & 1) positions[at++] = source.Position(first + i);
     }
   }
@@ -290,19 +465,45 @@ __device__ __forceinline__ void StageAndStore(Cta& cta, const Source& source, co
   }
 }
 
-// Writes this CTA's selected elements; of a sorted row, the first CTA writes all. In: candidates
-// and staging memory no longer needed, ordered by a barrier.
-template <typename T, typename Source>
-__device__ __forceinline__ void WriteRow(Cta& cta, const Source& source, const Selection& selection,
-                                         bool is_sorted, const RowOutput<T>& output) {
-  const PivotMasks masks = selection.is_only_key ? source.AgainstOnlyKey(selection.pivot)
-                                                 : source.Against(selection.pivot);
-  const Place place = SelectPlaces(cta, masks, selection);
-  if (Unlikely(is_sorted)) {
-    SortSelected(cta, source, place, static_cast<int>(selection.count), output);
-  } else {
+// Writes the selected elements of a tile; of a sorted row, the first CTA writes all. In: candidates
+// and staging memory no longer needed by others, ordered by a barrier.
+template <typename T>
+__device__ __forceinline__ void WriteRow(Cta& cta, const TileSource<T>& source,
+                                         const Selection& selection, bool is_sorted,
+                                         const RowOutput<T>& output) {
+  const Place place = source.FindPlaces(cta, selection);
+  if (!Unlikely(is_sorted)) {
     StageAndStore(cta, source, place, output);
+    return;
   }
+  const PairSink sink(cta, place.base, selection.count);
+  uint32_t at = place.local;
+#pragma unroll 1
+  for (uint32_t left = place.selected; left != 0; left &= left - 1) {
+    const int i = __ffs(left) - 1;
+    sink.Put(at++, source.Key(i), source.Position(i));
+  }
+  SortAndStore(cta, static_cast<int>(selection.count), output);
+}
+
+// The same for a streamed part. The selected elements of a chunk are neighbours in the output, so
+// that they are stored at once.
+template <typename T>
+__device__ __forceinline__ void WriteRow(Cta& cta, const StreamSource<T>& source,
+                                         const Selection& selection, bool is_sorted,
+                                         const RowOutput<T>& output) {
+  const uint32_t first = selection.Before();
+  if (!Unlikely(is_sorted)) {
+    source.VisitSelected(cta, selection, [&](uint32_t place, uint32_t key, int32_t position) {
+      output.Store(static_cast<int32_t>(first + place), key, position);
+    });
+    return;
+  }
+  const PairSink sink(cta, first, selection.count);
+  source.VisitSelected(cta, selection, [&](uint32_t place, uint32_t key, int32_t position) {
+    sink.Put(place, key, position);
+  });
+  SortAndStore(cta, static_cast<int>(selection.count), output);
 }
 
 }  // namespace jax_topk

@@ -84,6 +84,7 @@ void CopyAsyncWait() {
 }
 inline bool Unlikely(bool condition) { return condition; }
 inline int32_t LoadWord(const int32_t* pointer) { return *pointer; }
+inline uint4 LoadShared(const uint4* pointer) { return *pointer; }
 inline uint4 LoadReadOnly(const uint4* pointer) { return *pointer; }
 inline uint32_t UpperHalves(uint32_t first, uint32_t second) {
   return first >> 16 | (second & 0xffff0000u);
@@ -100,6 +101,9 @@ uint32_t OnHalves(uint32_t a, uint32_t b, uint32_t c, Operation operation) {
 }
 inline uint32_t SignsOfHalves(uint32_t halves) {
   return OnHalves(halves, 0, 0, [](int a, int, int) { return a < 0 ? -1 : 0; });
+}
+inline uint32_t MaxUnsignedHalves(uint32_t a, uint32_t b) {
+  return max(a & 0xffffu, b & 0xffffu) | max(a & 0xffff0000u, b & 0xffff0000u);
 }
 inline uint32_t AddMaxHalves(uint32_t a, uint32_t b, uint32_t c) {
   return OnHalves(a, b, c, [](int x, int y, int z) { return x + y > z ? x + y : z; });
