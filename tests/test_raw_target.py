@@ -35,7 +35,7 @@ def test_arbitrary_shapes_types_and_attributes(tmp_path):
     ends = {end: int(count) for count, end in re.findall(r"(\d+) (.+)", result.stdout)}
     assert sum(ends.values()) >= 250
     # Most rules were broken by some call (the test below breaks all), and many calls were right.
-    assert ends["right"] > 60
+    assert ends["right"] > 40
     assert ends["refused by XLA"] > 20
     rules = {"operand", "operand is a scalar", "starts", "lengths", "indices", "values", "k"}
     assert len(rules & ends.keys()) >= 5, ends
