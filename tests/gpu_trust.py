@@ -220,8 +220,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m tests.gpu_trust",
         description="Runs everything that needs a GPU and writes one summary. Needs nvcc,"
-        " compute-sanitizer and an installed jax_topk with its CUDA target. Exits with 1 if anything"
-        " failed.",
+        " compute-sanitizer and an installed jax_topk with its CUDA target. Exits with 1 if"
+        " anything failed.",
     )
     parser.add_argument("--json", type=pathlib.Path, help="write the summary to this file")
     parser.add_argument("--seed", type=int, default=1, help="of the stress tool and the fuzzer (1)")
