@@ -23,7 +23,7 @@ def test_arbitrary_shapes_types_and_attributes(tmp_path):
     """In a process of its own, which a crash would end: the log then names the call."""
     log = tmp_path / "call.txt"
     result = subprocess.run(
-        [sys.executable, str(TESTS / "raw_target.py"), "--examples", "250", "--log", str(log)],
+        [sys.executable, str(TESTS / "raw_target.py"), "--examples", "200", "--log", str(log)],
         env={**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(TESTS.parent)},
         capture_output=True,
         text=True,
@@ -33,7 +33,7 @@ def test_arbitrary_shapes_types_and_attributes(tmp_path):
     last = log.read_text() if log.exists() else "none"
     assert result.returncode == 0, f"last call: {last}\n{result.stderr[-6000:]}"
     ends = {end: int(count) for count, end in re.findall(r"(\d+) (.+)", result.stdout)}
-    assert sum(ends.values()) >= 250
+    assert sum(ends.values()) >= 200
     # Most rules were broken by some call (the test below breaks all), and many calls were right.
     assert ends["right"] > 40
     assert ends["refused by XLA"] > 20
