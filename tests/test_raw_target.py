@@ -11,6 +11,7 @@ import sys
 import jax
 import numpy as np
 import pytest
+from runners import device_of
 
 from jax_topk import _native
 
@@ -41,13 +42,13 @@ def test_arbitrary_shapes_types_and_attributes(tmp_path):
     assert len(rules & ends.keys()) >= 5, ends
 
 
-def call(operand, starts, lengths, k, *, values=None, indices=None, **attributes):
-    """One call of a target with values, or without if `values` is None."""
+def call(device, operand, starts, lengths, k, *, values=None, indices=None, **attributes):
+    """One call of a target on a device, with values or, if `values` is None, without."""
     target = _native.TARGET_INDICES if values is None else _native.TARGET_VALUES_INDICES
     results = [] if values is None else [jax.ShapeDtypeStruct(*values)]
     results.append(jax.ShapeDtypeStruct(*(indices or ((*operand.shape[:-1], k), np.int32))))
     attributes = {"smallest": False, "sorted": False, "plan": "", **attributes}
-    with jax.default_device(jax.devices("cpu")[0]):
+    with jax.default_device(device):
         function = jax.ffi.ffi_call(target, results)
         return jax.jit(lambda *a: function(*a, **attributes))(operand, starts, lengths)
 
@@ -78,7 +79,8 @@ X, COUNTS = np.ones((3, 10), np.float32), np.zeros(3, np.int32)
         ({"more": True}, "Wrong number of attributes: expected 3 but got 4"),
     ],
 )
-def test_every_error_of_the_handlers_says_what_is_wrong(arguments, message):
+@pytest.mark.parametrize("platform", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_every_error_of_the_handlers_says_what_is_wrong(platform, arguments, message):
     arguments = {"operand": X, "starts": COUNTS, "lengths": COUNTS, "k": 2, **arguments}
     with pytest.raises(jax.errors.JaxRuntimeError, match=f"INVALID_ARGUMENT(?s:.*){message}"):
-        call(**arguments)
+        jax.block_until_ready(call(device_of(platform), **arguments))
