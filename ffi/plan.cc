@@ -73,7 +73,8 @@ std::string ParseOne(std::string_view item, PlanOverrides* overrides) {
 
 std::string TooManyRows(const Problem& problem, int cluster) {
   return "the operand has " + std::to_string(problem.rows) +
-         " rows; one launch of the CUDA kernel takes fewer than 2^31 divided by its cluster size of " +
+         " rows; one launch of the CUDA kernel takes fewer than 2^31 divided by its cluster size "
+         "of " +
          std::to_string(cluster);
 }
 

@@ -181,6 +181,8 @@ def test_the_real_module_describes_this_machine():
     assert all(len(pair) == 2 and pair >= (5, 0) for pair in capabilities)
     if module.driver_version() == 0:
         assert capabilities == []
+        with pytest.raises(RuntimeError, match=r"no NVIDIA driver, or it is older than CUDA 1\d\."):
+            module.device_limits(0)
 
 
 # --- plans for devices with less ------------------------------------------------------------------

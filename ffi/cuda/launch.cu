@@ -30,7 +30,15 @@ constexpr int64_t kMaxRowsPerLaunch = int64_t{1} << 30;
 constexpr int kOldestMajor = 8;
 
 std::string Describe(const char* what, cudaError_t error) {
-  return std::string(what) + " failed: " + cudaGetErrorString(error);
+  std::string text = std::string(what) + " failed: " + cudaGetErrorString(error);
+  if (error == cudaErrorInsufficientDriver) {
+    // What CUDA says of a machine without any driver, too.
+    text += "; there is no NVIDIA driver, or it is older than CUDA " +
+            std::to_string(CUDART_VERSION / 1000) + "." +
+            std::to_string(CUDART_VERSION % 1000 / 10) +
+            ", which jax_topk was built with: update it, or use implementation='xla'";
+  }
+  return text;
 }
 
 cudaLaunchConfig_t MakeConfig(const LaunchPlan& plan, cudaStream_t stream,

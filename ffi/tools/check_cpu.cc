@@ -68,7 +68,8 @@ constexpr const char* kHelp =
     "  --seed N    of the random cases (0)\n"
     "  --cases N   number of random cases (200)\n";
 
-// ---- executors -----------------------------------------------------------------------------------
+// ---- executors
+// -----------------------------------------------------------------------------------
 
 // A pool of threads, as XLA has one. May keep finished work until its end: then the counts of
 // shared pointers in it order nothing, and the tasks must.
@@ -134,7 +135,8 @@ class LatePool final : public Executor {
   std::vector<std::function<void()>> late_;
 };
 
-// ---- cases ---------------------------------------------------------------------------------------
+// ---- cases
+// ---------------------------------------------------------------------------------------
 
 struct Case {
   Problem problem;
@@ -159,16 +161,16 @@ uint32_t Pattern(int kind, int64_t i, int64_t width, std::mt19937& random) {
     return bits;
   };
   switch (kind) {
-    case 0: return random();                                            // every pattern, NaNs too
+    case 0: return random();  // every pattern, NaNs too
     case 1: return as_bits(std::normal_distribution<float>()(random));
-    case 2: return as_bits(1.5f);                                       // one plateau
-    case 3: return 0xffffffffu;                                         // the lowest pattern
-    case 4: return as_bits(static_cast<float>(i));                      // each beats all before
+    case 2: return as_bits(1.5f);                   // one plateau
+    case 3: return 0xffffffffu;                     // the lowest pattern
+    case 4: return as_bits(static_cast<float>(i));  // each beats all before
     case 5: return as_bits(static_cast<float>(width - i));
-    case 6: return as_bits(static_cast<float>(i % 2 == 0 ? i : -i));    // the list overflows
+    case 6: return as_bits(static_cast<float>(i % 2 == 0 ? i : -i));  // the list overflows
     case 7: return as_bits(static_cast<float>(static_cast<int>(random() % 7) - 3));
-    case 8: return random() % 2 == 0 ? 0u : 0x80000000u;                // both zeros
-    default: return as_bits(1.0f) + random() % 64;                      // the last bits differ
+    case 8: return random() % 2 == 0 ? 0u : 0x80000000u;  // both zeros
+    default: return as_bits(1.0f) + random() % 64;        // the last bits differ
   }
 }
 constexpr int kNumPatterns = 10;
@@ -187,7 +189,8 @@ void FillRow(int kind, DType dtype, int64_t width, std::mt19937& random, unsigne
 }
 
 int32_t HostileCount(int64_t width, std::mt19937& random) {
-  const int64_t extremes[] = {0, 1, -1, width - 1, width, width + 1, 2147483647, -2147483648, 1 << 30};
+  const int64_t extremes[] = {0,         1,          -1,          width - 1, width,
+                              width + 1, 2147483647, -2147483648, 1 << 30};
   if (random() % 2 == 0) return static_cast<int32_t>(extremes[random() % 9]);
   return static_cast<int32_t>(random() % static_cast<uint64_t>(width + 1));
 }
@@ -220,7 +223,8 @@ Case MakeRandomCase(std::mt19937& random) {
   return MakeCase(problem, random);
 }
 
-// ---- what is right -------------------------------------------------------------------------------
+// ---- what is right
+// -------------------------------------------------------------------------------
 
 uint32_t BitsAt(const unsigned char* row, int64_t i, DType dtype) {
   if (dtype == DType::kFloat32) {
@@ -270,8 +274,8 @@ int64_t CountWrongRows(const Problem& problem, bool is_smallest, const unsigned 
     for (int64_t i = 0; i < problem.k; ++i) {
       const bool is_valid = i < static_cast<int64_t>(order.size());
       const int32_t index = is_valid ? order[static_cast<size_t>(i)] : -1;
-      const uint32_t bits = is_valid ? BitsAt(window, index, problem.dtype)
-                                     : PaddingBits(problem.dtype, is_smallest);
+      const uint32_t bits =
+          is_valid ? BitsAt(window, index, problem.dtype) : PaddingBits(problem.dtype, is_smallest);
       const int64_t place = row * problem.k + i;
       is_right &= results.indices[static_cast<size_t>(place)] == index;
       is_right &= !with_values || BitsAt(results.values.data(), place, problem.dtype) == bits;
@@ -281,7 +285,8 @@ int64_t CountWrongRows(const Problem& problem, bool is_smallest, const unsigned 
   return num_wrong;
 }
 
-// ---- scenarios -----------------------------------------------------------------------------------
+// ---- scenarios
+// -----------------------------------------------------------------------------------
 
 std::atomic<int64_t> num_calls{0}, num_wrong{0};
 
@@ -292,9 +297,9 @@ Results Run(const Case& data, Executor& executor) {
   if (data.with_values) {
     results.values.assign(static_cast<size_t>(size * ElementBytes(data.problem.dtype)), 0xa5);
   }
-  const TopKArgs args{data.problem,        data.is_smallest,
-                      data.operand.data(), data.starts.data(),
-                      data.lengths.data(), data.with_values ? results.values.data() : nullptr,
+  const TopKArgs args{data.problem,          data.is_smallest,
+                      data.operand.data(),   data.starts.data(),
+                      data.lengths.data(),   data.with_values ? results.values.data() : nullptr,
                       results.indices.data()};
   RunTopK(args, executor);
   ++num_calls;
@@ -435,8 +440,8 @@ void CheckNoMemory() {
       results.indices.assign(static_cast<size_t>(NumResults(data.problem)), 0x5a5a5a5a);
       results.values.assign(
           static_cast<size_t>(NumResults(data.problem) * ElementBytes(data.problem.dtype)), 0xa5);
-      const TopKArgs args{data.problem,           data.is_smallest,     data.operand.data(),
-                          data.starts.data(),     data.lengths.data(),  results.values.data(),
+      const TopKArgs args{data.problem,          data.is_smallest,    data.operand.data(),
+                          data.starts.data(),    data.lengths.data(), results.values.data(),
                           results.indices.data()};
       bool has_thrown = false;
       allocations_left = n;
@@ -498,11 +503,11 @@ void CheckHugeOffsets() {
              results.indices.data()},
             pool);
     ++num_calls;
-    const int64_t wrong =
-        CountWrongRows(problem, false, static_cast<const unsigned char*>(memory), starts.data(),
-                       lengths.data(), results, true);
-    if (wrong > 0) std::fprintf(stderr, "offsets beyond 2^32: %lld rows are wrong\n",
-                                static_cast<long long>(wrong));
+    const int64_t wrong = CountWrongRows(problem, false, static_cast<const unsigned char*>(memory),
+                                         starts.data(), lengths.data(), results, true);
+    if (wrong > 0)
+      std::fprintf(stderr, "offsets beyond 2^32: %lld rows are wrong\n",
+                   static_cast<long long>(wrong));
     num_wrong += wrong;
   }
   munmap(memory, bytes);

@@ -116,7 +116,8 @@ uint64_t Mix(uint64_t a, uint64_t b = 0, uint64_t c = 0) {
   return x;
 }
 
-// ---- cases and what is right ---------------------------------------------------------------------
+// ---- cases and what is right
+// ---------------------------------------------------------------------
 
 constexpr int kNumVariants = 4;
 constexpr uint16_t kJunk = 0xa5a5;
@@ -159,8 +160,8 @@ constexpr const char* kPlans[] = {"",
                                   "path=sample,cluster=5,candidates=64",
                                   "path=exact,cluster=1,stages=4",
                                   "cluster=1,stages=2,candidates=64"};
-constexpr const char* kDists[] = {"normal", "clustered", "equal", "relu", "few", "bits", "sorted",
-                                  "head"};
+constexpr const char* kDists[] = {"normal", "clustered", "equal",  "relu",
+                                  "few",    "bits",      "sorted", "head"};
 
 void FillRow(const std::string& dist, std::mt19937& random, std::vector<uint32_t>* bits) {
   std::normal_distribution<float> normal;
@@ -310,7 +311,8 @@ void RunOnAll(int num_tasks, const Task& task) {
   for (std::thread& thread : threads) thread.join();
 }
 
-// ---- on the device -------------------------------------------------------------------------------
+// ---- on the device
+// -------------------------------------------------------------------------------
 
 template <typename T>
 T* Upload(const std::vector<T>& host, int64_t extra_bytes = 0) {
@@ -409,7 +411,8 @@ __global__ void SpinKernel(unsigned long long nanoseconds) {
   while (Nanoseconds() - begin < nanoseconds) __nanosleep(500);
 }
 
-// ---- streams -------------------------------------------------------------------------------------
+// ---- streams
+// -------------------------------------------------------------------------------------
 
 // What the host sees of one stream: the watchdog reads it while the stream's thread works.
 struct StreamState {
@@ -445,13 +448,12 @@ Pick PickLaunch(const World& world, const StreamState& stream, unsigned long lon
 std::string Describe(const Case& data, int variant) {
   constexpr const char* kNames[] = {"float32", "bfloat16", "float16"};
   const Problem& problem = data.problem;
-  std::string text = "rows " + std::to_string(problem.rows) + " width " +
-                     std::to_string(problem.width) + " k " + std::to_string(problem.k) + " " +
-                     kNames[static_cast<int>(problem.dtype)] + " " + data.dist +
-                     (data.is_smallest ? " smallest" : " largest") +
-                     (problem.is_sorted ? " sorted" : "") +
-                     (data.with_values ? " values" : " indices only") + " plan '" + data.plan +
-                     "' variant " + std::to_string(variant) + " windows";
+  std::string text =
+      "rows " + std::to_string(problem.rows) + " width " + std::to_string(problem.width) + " k " +
+      std::to_string(problem.k) + " " + kNames[static_cast<int>(problem.dtype)] + " " + data.dist +
+      (data.is_smallest ? " smallest" : " largest") + (problem.is_sorted ? " sorted" : "") +
+      (data.with_values ? " values" : " indices only") + " plan '" + data.plan + "' variant " +
+      std::to_string(variant) + " windows";
   const Variant& chosen = data.variants[variant];
   for (size_t row = 0; row < chosen.starts.size() && row < 8; ++row) {
     text += " " + std::to_string(chosen.starts[row]) + "+" + std::to_string(chosen.lengths[row]);
@@ -546,10 +548,9 @@ class Stream {
     const Case& data = world_->cases[pick.which];
     const DeviceCase& device_case = cases_[pick.which];
     state_->num_issued = number + 1;
-    const TopKBuffers buffers{device_case.operand, device_case.starts[pick.variant],
-                              device_case.lengths[pick.variant],
-                              data.with_values ? values_ : nullptr,
-                              reinterpret_cast<int32_t*>(indices_)};
+    const TopKBuffers buffers{
+        device_case.operand, device_case.starts[pick.variant], device_case.lengths[pick.variant],
+        data.with_values ? values_ : nullptr, reinterpret_cast<int32_t*>(indices_)};
     const std::string error =
         LaunchTopK(data.problem, data.is_smallest, data.plan, buffers, stream_);
     if (!error.empty()) Fail(error + "; " + DescribeLaunch(*world_, *state_, number));
@@ -564,8 +565,7 @@ class Stream {
                      size * ElementBytes(data.problem.dtype) / 2};
     const Compared i{indices, device_case.indices[variant], size * 2};
     const auto blocks = static_cast<unsigned>(std::clamp<int64_t>(size / 2048, 1, 32));
-    CompareKernel<<<blocks, kCompareThreads, 0, stream_>>>(v, i, number, report_,
-                                                          state_->progress);
+    CompareKernel<<<blocks, kCompareThreads, 0, stream_>>>(v, i, number, report_, state_->progress);
     CHECK(cudaGetLastError());
     state_->num_issued = number + 1;
   }
@@ -608,7 +608,8 @@ class Stream {
   int64_t capacity_ = 0;
 };
 
-// ---- phases --------------------------------------------------------------------------------------
+// ---- phases
+// --------------------------------------------------------------------------------------
 
 // `total` launches, dealt to the streams; each stream has a thread. Bounded queues, so that a hang
 // is noticed where it is.
@@ -619,8 +620,9 @@ void RunStreams(std::vector<std::unique_ptr<Stream>>& streams, int device, int64
   for (size_t s = 0; s < streams.size(); ++s) {
     threads.emplace_back([&, s] {
       CHECK(cudaSetDevice(device));
-      const int64_t count = total / static_cast<int64_t>(streams.size()) +
-                            (static_cast<int64_t>(s) < total % static_cast<int64_t>(streams.size()));
+      const int64_t count =
+          total / static_cast<int64_t>(streams.size()) +
+          (static_cast<int64_t>(s) < total % static_cast<int64_t>(streams.size()));
       streams[s]->Begin(salt);
       for (int64_t i = 0; i < count; ++i) {
         streams[s]->Launch(static_cast<unsigned long long>(i));
@@ -708,8 +710,9 @@ class GraphChain {
       const Node& n = nodes_[node];
       const int64_t bytes = world_.cases[n.which].problem.rows * 4;
       variants[node] = static_cast<int>(Mix(hash, node) % kNumVariants);
-      for (const auto& [to, from] : {std::pair{n.starts, cases_[n.which].starts[variants[node]]},
-                                     std::pair{n.lengths, cases_[n.which].lengths[variants[node]]}}) {
+      for (const auto& [to, from] :
+           {std::pair{n.starts, cases_[n.which].starts[variants[node]]},
+            std::pair{n.lengths, cases_[n.which].lengths[variants[node]]}}) {
         CHECK(cudaMemcpyAsync(to, from, bytes, cudaMemcpyDeviceToDevice, stream->stream()));
       }
     }
@@ -866,9 +869,8 @@ int Run(const Options& options) {
   world.options = options;
   world.cases.resize(options.cases);
   auto begin = std::chrono::steady_clock::now();
-  RunOnAll(options.cases, [&](int i) {
-    world.cases[i] = MakeCase(Mix(options.seed, 11, i), limits);
-  });
+  RunOnAll(options.cases,
+           [&](int i) { world.cases[i] = MakeCase(Mix(options.seed, 11, i), limits); });
   int num_forced = 0;
   for (const Case& data : world.cases) num_forced += !data.plan.empty();
   std::printf("%d cases, %d with a forced plan, results computed in %.1f s on the CPU\n",
