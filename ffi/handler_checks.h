@@ -95,7 +95,11 @@ inline ffi::Error CheckBuffers(const ffi::AnyBuffer& operand, const ffi::Buffer<
     }
   }
   problem->rows = 1;
-  for (const int64_t size : batch) problem->rows *= size;
+  // Wraps around where no memory could hold the counts, which is a shape with a zero elsewhere.
+  for (const int64_t size : batch) {
+    problem->rows =
+        static_cast<int64_t>(static_cast<uint64_t>(problem->rows) * static_cast<uint64_t>(size));
+  }
   return ffi::Error::Success();
 }
 

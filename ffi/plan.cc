@@ -20,6 +20,9 @@ constexpr int kPartElements = 2048;
 
 constexpr int64_t kSmemReservedPerBlock = 1024;  // by the CUDA runtime
 
+// More candidates than any shared memory holds; keeps list_capacity within an int.
+constexpr int kMaxCandidates = 1 << 20;
+
 bool ParseInt(std::string_view text, int* value) {
   const char* end = text.data() + text.size();
   auto [stop, error] = std::from_chars(text.data(), end, *value);
@@ -54,6 +57,7 @@ std::string ParseOne(std::string_view item, PlanOverrides* overrides) {
     overrides->cluster_size = number;
   } else if (name == "candidates") {
     if (number < 4) return BadOverride(item, "candidates is at least 4");
+    if (number > kMaxCandidates) return BadOverride(item, "candidates is at most 1048576");
     overrides->candidates = number;
   } else if (name == "part") {
     if (number < 1) return BadOverride(item, "part is at least 1");
@@ -65,6 +69,13 @@ std::string ParseOne(std::string_view item, PlanOverrides* overrides) {
     return BadOverride(item, "the names are path, cluster, candidates, part, stages");
   }
   return "";
+}
+
+std::string TooManyRows(const Problem& problem, int cluster) {
+  return "the operand has " + std::to_string(problem.rows) +
+         " rows; one launch of the CUDA kernel takes fewer than 2^31 divided by its cluster size "
+         "of " +
+         std::to_string(cluster);
 }
 
 }  // namespace
@@ -96,6 +107,8 @@ std::string PlanLaunch(const Problem& problem, const DeviceLimits& limits,
     return "the operand has " + std::to_string(problem.rows) + " rows of width " +
            std::to_string(problem.width) + "; the width must stay below 2^31";
   }
+  // Before any product with it can overflow.
+  if (problem.rows >= (int64_t{1} << 31)) return TooManyRows(problem, 1);
   *plan = LaunchPlan();
   plan->path = overrides.path;
   plan->part_elements = overrides.part_elements > 0 ? overrides.part_elements : kPartElements;
@@ -118,9 +131,7 @@ std::string PlanLaunch(const Problem& problem, const DeviceLimits& limits,
     cluster = overrides.cluster_size;
   }
   if (problem.rows * cluster >= (int64_t{1} << 31)) {
-    return "the operand has " + std::to_string(problem.rows) +
-           " rows; the CUDA kernel takes fewer than 2^31 divided by its cluster size of " +
-           std::to_string(cluster);
+    return TooManyRows(problem, cluster);
   }
   int64_t spare = overrides.candidates > 0 ? overrides.candidates : kSpareEntries;
   const int64_t smem_limit =
@@ -148,7 +159,7 @@ std::string PlanLaunch(const Problem& problem, const DeviceLimits& limits,
     } else {
       return "k=" + std::to_string(problem.k) + " needs " + std::to_string(plan->smem_bytes) +
              " bytes of shared memory per block, but the device offers " +
-             std::to_string(smem_limit);
+             std::to_string(smem_limit) + "; pass a smaller k, or use implementation='xla'";
     }
   }
 }

@@ -153,8 +153,8 @@ def platform_rows(devices: dict[str, list[jax.Device]]) -> list[tuple[str, str, 
             )
         else:
             uses = _lowering.choose(name, np.float32, 1, None)
-            native = {"cpu": _native.CPU, "cuda": _native.CUDA}.get(name)
-            reason = "no kernels exist for this platform" if native is None else native.reason
+            status = _native.status().get(name)
+            reason = "no kernels exist for this platform" if status is None else status["reason"]
         rows.append((name, kind, uses, reason))
         if not found and name == "cuda" and not _native.CUDA.is_available:
             rows.append(("", "", "", _native.CUDA.reason))

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import contextvars
 import math
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -51,9 +52,14 @@ def why_not(implementation: str, dtype: Any, k: Any) -> str | None:
         dtype: dtype of the operand.
         k: number of results; may be symbolic.
     """
-    native = _native.CUDA if implementation == "cuda" else _native.CPU
-    if not native.is_available:
-        return native.reason
+    problem = _native.machine_problem(implementation)
+    if problem is not None:
+        return problem
+    return _why_not_served(implementation, dtype, k)
+
+
+def _why_not_served(implementation: str, dtype: Any, k: Any) -> str | None:
+    """Returns a sentence saying why the arguments are beyond a kernel, or None if they are not."""
     if np.dtype(dtype).name not in KERNEL_DTYPES:
         return (
             f"operand has dtype {np.dtype(dtype).name} and the {implementation} target takes"
@@ -111,12 +117,33 @@ def _lower_for(platform: str | None) -> Callable[..., Sequence[Any]]:
 
     def rule(ctx: Any, *operands: Any, implementation: str | None, **params: Any) -> Sequence[Any]:
         name = platform or ",".join(ctx.platforms or ctx.module_context.platforms)
-        chosen = choose(name, ctx.avals_in[0].dtype, params["k"], implementation)
+        dtype, k = ctx.avals_in[0].dtype, params["k"]
+        chosen = choose(name, dtype, k, implementation)
         if chosen == "xla":
+            if implementation is None and platform is not None:
+                _warn_of_missing_kernels(platform, dtype, k)
             return _lower_to_xla(ctx, operands, params)
         return _lower_to_target(ctx, operands, params)
 
     return rule
+
+
+# Platforms whose missing kernels were reported: once for the process.
+_reported: set[str] = set()
+
+
+def _warn_of_missing_kernels(platform: str, dtype: Any, k: Any) -> None:
+    """Warns where a kernel would serve, if this machine could use it: the expression is slower."""
+    problem = _native.machine_problem(platform)
+    if problem is None or platform in _reported or _why_not_served(platform, dtype, k) is not None:
+        return
+    _reported.add(platform)
+    warnings.warn(
+        f"jax_topk: on platform {platform!r} the XLA expression serves top_k, with the same results"
+        f" but slower, since {problem}. To silence this, pass implementation='xla'",
+        RuntimeWarning,
+        stacklevel=2,
+    )
 
 
 def _lower_to_xla(ctx: Any, operands: Sequence[Any], params: dict[str, Any]) -> Sequence[Any]:

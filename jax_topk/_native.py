@@ -19,6 +19,7 @@ with another meaning will get another prefix.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import importlib
 import importlib.machinery
 import importlib.metadata
@@ -43,12 +44,16 @@ __all__ = [
     "TARGET_VALUES_INDICES",
     "Native",
     "jaxlib_ffi_version",
+    "machine_problem",
     "status",
 ]
 
 TARGET_VALUES_INDICES = "jax_topk_v1_values_indices"
 TARGET_INDICES = "jax_topk_v1_indices"
 TARGETS = (TARGET_VALUES_INDICES, TARGET_INDICES)
+
+# The oldest GPUs that ffi/CMakeLists.txt compiles the kernels for.
+OLDEST_COMPUTE_CAPABILITY = (8, 0)
 
 _DISTRIBUTION = "jax_topk"
 _HOW_TO_BUILD = {
@@ -220,6 +225,51 @@ MAX_K: int = getattr(CUDA.module, "MAX_K", 4096)
 """Largest k that the CUDA kernels serve; the CPU target and the XLA expression take any k."""
 
 
+def machine_problem(name: str) -> str | None:
+    """Returns a sentence saying why a native implementation cannot run here, or None if it can.
+
+    That is the reason of a module that cannot be used, or, for `"cuda"`, a driver or a GPU that is
+    too old for the kernels. A machine without any GPU is no problem: it may export programs for
+    another. The driver is asked when this is called first, never on import.
+
+    Args:
+        name: `"cpu"` or `"cuda"`.
+    """
+    native = CUDA if name == "cuda" else CPU
+    if native.module is None:
+        return native.reason
+    return _gpu_problem(native.module) if name == "cuda" else None
+
+
+@functools.lru_cache(maxsize=1)
+def _gpu_problem(module: Any) -> str | None:
+    """Why the kernels of a CUDA module cannot run on the GPUs of this machine, or None."""
+    if not hasattr(module, "compute_capabilities"):
+        return None
+    driver, runtime = module.driver_version(), module.RUNTIME_VERSION
+    if driver == 0:
+        return None  # no driver: no GPU
+    if driver // 1000 < runtime // 1000:
+        return (
+            f"the NVIDIA driver supports CUDA {_cuda_version(driver)}, and jax_topk._cuda was built"
+            f" with CUDA {_cuda_version(runtime)}, which needs a driver for CUDA"
+            f" {runtime // 1000}.0 or newer; update the driver, or reinstall jax_topk with an"
+            " nvcc of the driver's CUDA version (CUDACXX=PATH_TO_NVCC pip install .)"
+        )
+    found = module.compute_capabilities()
+    if found and max(found) < OLDEST_COMPUTE_CAPABILITY:
+        newest, oldest = (".".join(map(str, c)) for c in (max(found), OLDEST_COMPUTE_CAPABILITY))
+        return (
+            f"the newest GPU has compute capability {newest}, and the kernels are compiled for"
+            f" {oldest} and newer; use a newer GPU, or implementation='xla'"
+        )
+    return None
+
+
+def _cuda_version(number: int) -> str:
+    return f"{number // 1000}.{number % 1000 // 10}"
+
+
 def status() -> dict[str, dict[str, Any]]:
     """Says which native implementations can be used.
 
@@ -228,6 +278,9 @@ def status() -> dict[str, dict[str, Any]]:
         sentence that says what was loaded, or what is missing and how to get it.
     """
     return {
-        native.name: {"available": native.is_available, "reason": native.reason}
+        native.name: {
+            "available": machine_problem(native.name) is None,
+            "reason": machine_problem(native.name) or native.reason,
+        }
         for native in (CPU, CUDA)
     }

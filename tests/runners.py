@@ -23,7 +23,7 @@ def why_no_cuda() -> str | None:
     """Why the CUDA target cannot run here, or None if it can."""
     if not gpu_devices():
         return "no CUDA device is visible to JAX"
-    return None if _native.CUDA.is_available else _native.CUDA.reason
+    return _native.machine_problem("cuda")
 
 
 @dataclasses.dataclass(frozen=True)

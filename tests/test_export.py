@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
 import inputs
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax import export
-from runners import assert_same
+from runners import assert_same, gpu_devices
 
 import jax_topk
 from jax_topk import _native
@@ -174,3 +180,117 @@ def test_attributes_are_a_promise():
     for attribute in ('plan = ""', "smallest = true", "sorted = true", 'num_batch_dims = "1"'):
         assert attribute in call
     assert "tensor<3x50xf32>, tensor<3xi32>, tensor<3xi32>) -> (tensor<3x5xf32>" in call
+
+
+# --- programs that were exported before -----------------------------------------------------------
+
+EXPORTED = pathlib.Path(__file__).parent / "exported"
+ROOT = EXPORTED.parents[1]
+
+
+def check_exported_before(platform: str, device: jax.Device) -> None:
+    """A file written by an earlier version loads and is right, for several shapes."""
+    exported = export.deserialize((EXPORTED / f"v1_{platform}.bin").read_bytes())
+    assert exported.platforms == (platform,)
+    with jax.default_device(device):
+        for width in (7, 300, 9_000):
+            x, narrow, half = (
+                inputs.rows_of(width, t, seed=width) for t in (np.float32, jnp.bfloat16, np.float16)
+            )
+            starts, lengths = inputs.windows_of(len(x), width)
+            placed = jax.device_put((x, narrow, half, lengths, starts), device)
+            results = [np.asarray(r) for r in jax.tree.leaves(exported.call(*placed))]
+            expected = [
+                *oracle.top_k(x, 7, starts, lengths),
+                *oracle.top_k(narrow, 7, None, lengths, True, False),
+                oracle.top_k_indices(half, 7, starts, None),
+            ]
+            for result, wanted in zip(results, expected, strict=True):
+                assert_same(result, wanted)
+
+
+@pytest.mark.skipif(not _native.CPU.is_available, reason="the CPU target is not built")
+def test_a_program_exported_before_loads_and_is_right():
+    check_exported_before("cpu", jax.devices("cpu")[0])
+
+
+@pytest.mark.gpu
+def test_a_program_exported_before_for_a_gpu_loads_and_is_right():
+    """It was exported on a machine without a GPU."""
+    check_exported_before("cuda", gpu_devices()[0])
+
+
+def test_the_exported_programs_say_what_made_them():
+    made_with = json.loads((EXPORTED / "made_with.json").read_text())
+    assert made_with["jax_topk"].split(".")[0] == jax_topk.__version__.split(".")[0]
+    assert tuple(map(int, made_with["jax"].split(".")[:2])) >= (0, 10)
+
+
+LOAD = """
+import sys
+{imports}
+import numpy as np
+from jax import export
+x = np.zeros((2, 9), np.float32)
+counts = np.zeros(2, np.int32)
+import ml_dtypes
+arrays = x, x.astype(ml_dtypes.bfloat16), x.astype(np.float16), counts, counts
+results = export.deserialize(open({path!r}, "rb").read()).call(*arrays)
+print(np.asarray(results[0][1]).tolist()[0])
+"""
+
+
+@pytest.mark.skipif(not _native.CPU.is_available, reason="the CPU target is not built")
+def test_a_program_needs_jax_topk_imported():
+    """Without it XLA names the target that is missing; with it the same program runs."""
+
+    def load(imports: str) -> subprocess.CompletedProcess:
+        code = LOAD.format(imports=imports, path=str(EXPORTED / "v1_cpu.bin"))
+        return subprocess.run(
+            [sys.executable, "-c", code],
+            cwd=ROOT,
+            env={**os.environ, "JAX_PLATFORMS": "cpu"},
+            capture_output=True,
+            text=True,
+            timeout=300,
+            check=False,
+        )
+
+    without = load("")
+    assert without.returncode != 0
+    assert "jax_topk_v1_" in without.stderr
+    with_it = load("import jax_topk")
+    assert with_it.returncode == 0, with_it.stderr
+    assert with_it.stdout == "[-1, -1, -1, -1, -1, -1, -1]\n"
+
+
+@pytest.mark.skipif(not _native.CPU.is_available, reason="the CPU target is not built")
+def test_a_program_exported_here_runs_in_another_process(tmp_path):
+    """What this version writes, a fresh process of this version reads."""
+    path = tmp_path / "program.bin"
+    x = np.random.default_rng(8).normal(size=(4, 200)).astype(np.float32)
+    lengths = np.array([200, 3, 0, 77], np.int32)
+    exported = export.export(
+        jax.jit(lambda x, n: jax_topk.top_k(x, 5, lengths=n)),
+        disabled_checks=CHECKS,
+        platforms=["cpu"],
+    )(x, lengths)
+    path.write_bytes(exported.serialize())
+    np.save(tmp_path / "x.npy", x)
+    code = (
+        "import jax_topk, numpy as np; from jax import export;"
+        f"x = np.load({str(tmp_path / 'x.npy')!r});"
+        f"p = export.deserialize(open({str(path)!r}, 'rb').read());"
+        "print(np.asarray(p.call(x, np.array([200, 3, 0, 77], np.int32))[1]).tolist())"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=ROOT,
+        env={**os.environ, "JAX_PLATFORMS": "cpu"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert result.returncode == 0, result.stderr
+    assert json.loads(result.stdout) == oracle.top_k(x, 5, None, lengths)[1].tolist()

@@ -333,6 +333,15 @@ def test_without_native_modules_it_warns(monkeypatch):
         lax.top_k(X, 5)
 
 
+def test_every_known_version_is_run_in_ci():
+    """The oldest and the newest run all tests, those between run the conformance tests."""
+    ci = (pathlib.Path(__file__).parents[1] / ".ci" / "run").read_text()
+    oldest = re.search(r"^readonly OLDEST_JAX=(\d+\.\d+)\.", ci, re.MULTILINE)[1]
+    between = re.search(r"^readonly BETWEEN_JAX=\((.*)\)$", ci, re.MULTILINE)[1].split()
+    known = [".".join(map(str, version)) for version in install.KNOWN_VERSIONS]
+    assert known[:-1] == [oldest, *between]
+
+
 @pytest.mark.slow
 def test_the_conformance_tests_pass_under_it():
     """All of `test_lax_conformance`, with `jax.lax.top_k` itself taken over."""

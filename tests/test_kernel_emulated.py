@@ -151,6 +151,16 @@ def test_devices_without_clusters(library, smem):
     check(library, x, 4096, limits=limits, is_sorted=True)
 
 
+@pytest.mark.parametrize(
+    ("num_sms", "max_cluster_size"), [(1, 1), (7, 3), (14, 1), (16, 8), (33, 16)]
+)
+def test_slices_of_a_device(library, num_sms, max_cluster_size):
+    """MIG-like devices: the planner's own clusters, which are smaller and fewer there."""
+    limits = {**emulation.H100, "num_sms": num_sms, "max_cluster_size": max_cluster_size}
+    x = np.random.default_rng(num_sms).normal(size=(2, 17_001)).astype(np.float32)
+    check(library, x, 512, lengths=np.array([17_001, 9_000], np.int32), limits=limits)
+
+
 def test_refuses_what_it_cannot_plan(library):
     x = np.zeros((1, 5000), np.float32)
     with pytest.raises(RuntimeError, match="k=5000 exceeds 4096"):

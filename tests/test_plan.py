@@ -75,7 +75,7 @@ def test_overrides_change_what_they_name():
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        ("fast", "write name=value"),
+        ("fast", "write name=value, for instance path=exact"),
         ("path=fast", "path is one of auto, short, sample, exact"),
         ("cluster=0", "cluster is between 1 and 16"),
         ("cluster=17", "cluster is between 1 and 16"),

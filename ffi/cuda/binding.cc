@@ -147,6 +147,21 @@ int DriverVersion() {
   return cudaDriverGetVersion(&version) == cudaSuccess ? version : 0;
 }
 
+// Of every visible GPU, as (major, minor). Creates no context. Empty without a driver or GPU.
+nb::list ComputeCapabilities() {
+  nb::list result;
+  int num_devices = 0;
+  if (cudaGetDeviceCount(&num_devices) != cudaSuccess) return result;
+  for (int device = 0; device < num_devices; ++device) {
+    int major = 0, minor = 0;
+    if (cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device) == cudaSuccess &&
+        cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device) == cudaSuccess) {
+      result.append(nb::make_tuple(major, minor));
+    }
+  }
+  return result;
+}
+
 nb::list Architectures() {
   nb::list result;
   std::istringstream names(JAX_TOPK_CUDA_ARCHITECTURES);
@@ -161,6 +176,7 @@ NB_MODULE(_cuda, module) {
   module.attr("VERSION") = JAX_TOPK_VERSION;
   module.attr("FFI_API_VERSION") = nb::make_tuple(XLA_FFI_API_MAJOR, XLA_FFI_API_MINOR);
   module.attr("MAX_K") = kMaxK;
+  module.attr("RUNTIME_VERSION") = CUDART_VERSION;
   module.attr("ARCHITECTURES") = Architectures();
   module.def(
       "registrations",
@@ -175,6 +191,8 @@ NB_MODULE(_cuda, module) {
              "What the planner uses of a device. Raises RuntimeError without a driver or GPU.");
   module.def("driver_version", &DriverVersion,
              "The CUDA version of the driver, 13000 for 13.0; 0 where there is none.");
+  module.def("compute_capabilities", &ComputeCapabilities,
+             "(major, minor) of every visible GPU; empty without a driver or GPU.");
   module.def(
       "graph_chain",
       [](const std::string& kind, nb::object operand, uint64_t starts, uint64_t lengths,

@@ -1,5 +1,6 @@
 #include "launch.h"
 
+#include <algorithm>
 #include <array>
 #include <mutex>
 
@@ -22,8 +23,22 @@ constexpr std::array<Kernel, 3> kKernels = {TopKKernel<Float32>, TopKKernel<BFlo
 
 constexpr int kMaxDevices = 64;
 
+// Rows of one launch: a grid has fewer than 2^31 CTAs. More rows take several launches.
+constexpr int64_t kMaxRowsPerLaunch = int64_t{1} << 30;
+
+// The oldest compute capability that the kernels are compiled for.
+constexpr int kOldestMajor = 8;
+
 std::string Describe(const char* what, cudaError_t error) {
-  return std::string(what) + " failed: " + cudaGetErrorString(error);
+  std::string text = std::string(what) + " failed: " + cudaGetErrorString(error);
+  if (error == cudaErrorInsufficientDriver) {
+    // What CUDA says of a machine without any driver, too.
+    text += "; there is no NVIDIA driver, or it is older than CUDA " +
+            std::to_string(CUDART_VERSION / 1000) + "." +
+            std::to_string(CUDART_VERSION % 1000 / 10) +
+            ", which jax_topk was built with: update it, or use implementation='xla'";
+  }
+  return text;
 }
 
 cudaLaunchConfig_t MakeConfig(const LaunchPlan& plan, cudaStream_t stream,
@@ -44,8 +59,16 @@ cudaLaunchConfig_t MakeConfig(const LaunchPlan& plan, cudaStream_t stream,
 }
 
 std::string QueryDevice(int device, DeviceLimits* limits) {
-  int major = 0, smem_per_block = 0, smem_per_sm = 0;
+  int major = 0, minor = 0, smem_per_block = 0, smem_per_sm = 0;
   cudaError_t error = cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
+  if (error == cudaSuccess) {
+    error = cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device);
+  }
+  if (error == cudaSuccess && major < kOldestMajor) {
+    return "GPU " + std::to_string(device) + " has compute capability " + std::to_string(major) +
+           "." + std::to_string(minor) + ", and the kernels are compiled for " +
+           std::to_string(kOldestMajor) + ".0 and newer; use implementation='xla'";
+  }
   if (error == cudaSuccess) {
     error = cudaDeviceGetAttribute(&limits->num_sms, cudaDevAttrMultiProcessorCount, device);
   }
@@ -85,6 +108,20 @@ std::string QueryDevice(int device, DeviceLimits* limits) {
   return "";
 }
 
+// The buffers of the rows from `row` on.
+TopKBuffers RowsFrom(const Problem& problem, const TopKBuffers& buffers, int64_t row) {
+  const int64_t bytes = ElementBytes(problem.dtype);
+  TopKBuffers rest = buffers;
+  rest.operand = static_cast<const char*>(buffers.operand) + row * problem.width * bytes;
+  rest.starts += row;
+  rest.lengths += row;
+  if (rest.values != nullptr) {
+    rest.values = static_cast<char*>(buffers.values) + row * problem.k * bytes;
+  }
+  rest.indices += row * problem.k;
+  return rest;
+}
+
 }  // namespace
 
 std::string GetDeviceLimits(int device, DeviceLimits* limits) {
@@ -106,6 +143,16 @@ std::string GetDeviceLimits(int device, DeviceLimits* limits) {
 
 std::string LaunchTopK(const Problem& problem, bool is_smallest, std::string_view overrides,
                        const TopKBuffers& buffers, cudaStream_t stream) {
+  if (problem.rows > kMaxRowsPerLaunch && problem.k > 0) {
+    for (int64_t row = 0; row < problem.rows; row += kMaxRowsPerLaunch) {
+      Problem part = problem;
+      part.rows = std::min(kMaxRowsPerLaunch, problem.rows - row);
+      const std::string error =
+          LaunchTopK(part, is_smallest, overrides, RowsFrom(problem, buffers, row), stream);
+      if (!error.empty()) return error;
+    }
+    return "";
+  }
   int device = 0;
   cudaError_t error = cudaGetDevice(&device);
   if (error != cudaSuccess) return Describe("asking for the current device", error);
@@ -115,10 +162,10 @@ std::string LaunchTopK(const Problem& problem, bool is_smallest, std::string_vie
   PlanOverrides parsed;
   problem_text = ParsePlanOverrides(overrides, &parsed);
   if (!problem_text.empty()) return problem_text;
+  if (problem.rows == 0 || problem.k == 0) return "";
   LaunchPlan plan;
   problem_text = PlanLaunch(problem, limits, parsed, &plan);
   if (!problem_text.empty()) return problem_text;
-  if (problem.rows == 0 || problem.k == 0) return "";
 
   const TopKArgs args = MakeArgs(problem, plan, is_smallest, buffers);
 

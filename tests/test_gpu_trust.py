@@ -1,0 +1,69 @@
+"""The script that runs all GPU parts calls a failure a failure."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+import gpu_trust
+import pytest
+from gpu_trust import Part
+
+
+@pytest.fixture
+def progress():
+    progress = gpu_trust.Progress()
+    yield progress
+    progress.stop()
+
+
+def python(code: str) -> tuple[str, ...]:
+    return (sys.executable, "-c", code)
+
+
+@pytest.mark.parametrize(
+    ("part", "is_right", "status"),
+    [
+        (Part("fine", python("print('12 passed')"), r"\d+ passed"), True, 0),
+        (Part("fails", python("print('12 passed'); exit(3)"), r"\d+ passed"), False, 3),
+        (Part("silent", python("pass"), r"\d+ passed"), False, 0),
+        (Part("hang", python("print('HANG'); exit(2)"), "HANG", expected=2), True, 2),
+        (Part("no_hang", python("print('HANG')"), "HANG", expected=2), False, 0),
+        (Part("slow", python("import time; time.sleep(30)"), "", timeout=1), False, "not finished"),
+        (Part("absent", ("no-such-program-here",), ""), False, "could not be started"),
+    ],
+    ids=lambda value: value.name if isinstance(value, Part) else "",
+)
+def test_a_part_is_right_only_if_it_says_what_it_did(tmp_path, progress, part, is_right, status):
+    entry = gpu_trust.run_part(part, tmp_path, progress)
+    assert entry["ok"] == is_right
+    assert str(entry["status"]).startswith(str(status))
+    assert ("output" in entry) != is_right
+    if is_right:
+        assert entry["summary"]
+
+
+def test_stages_follow_one_another(tmp_path, progress):
+    first = Part("first", python(f"open({str(tmp_path / 'made')!r}, 'w'); print('made')"), "made")
+    second = Part("second", python(f"open({str(tmp_path / 'made')!r}); print('read')"), "read")
+    entries = gpu_trust.run_parts([[first], [second, second]], tmp_path, progress)
+    assert [entry["ok"] for entry in entries] == [True, True, True]
+
+
+def test_the_parts_are_commands_of_this_checkout(tmp_path):
+    options = argparse.Namespace(seed=5, launches=100, fuzz_rows=30, arch="90a")
+    stages = gpu_trust.parts_of(options, tmp_path)
+    parts = {part.name: part for stage in stages for part in stage}
+    assert len(parts) == sum(map(len, stages))
+    for part in parts.values():
+        for word in " ".join(part.command).split():
+            if word.startswith(("ffi/", "tests/")):
+                assert (gpu_trust.ROOT / word).exists(), word
+    assert "--seed 6" in " ".join(parts["stress_again"].command)
+    assert "5,6,7" in parts["fuzz"].command
+
+
+def test_help_says_what_it_needs(capsys):
+    with pytest.raises(SystemExit):
+        gpu_trust.main(["--help"])
+    assert "nvcc" in capsys.readouterr().out

@@ -1,0 +1,86 @@
+"""The CPU target's handlers, called past this package: right or a clear error, never a crash."""
+
+from __future__ import annotations
+
+import os
+import pathlib
+import re
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+from runners import device_of
+
+from jax_topk import _native
+
+pytestmark = pytest.mark.skipif(not _native.CPU.is_available, reason=_native.CPU.reason)
+
+TESTS = pathlib.Path(__file__).parent
+
+
+def test_arbitrary_shapes_types_and_attributes(tmp_path):
+    """In a process of its own, which a crash would end: the log then names the call."""
+    log = tmp_path / "call.txt"
+    result = subprocess.run(
+        [sys.executable, str(TESTS / "raw_target.py"), "--examples", "200", "--log", str(log)],
+        env={**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(TESTS.parent)},
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    last = log.read_text() if log.exists() else "none"
+    assert result.returncode == 0, f"last call: {last}\n{result.stderr[-6000:]}"
+    ends = {end: int(count) for count, end in re.findall(r"(\d+) (.+)", result.stdout)}
+    assert sum(ends.values()) >= 200
+    # Most rules were broken by some call (the test below breaks all), and many calls were right.
+    assert ends["right"] > 40
+    assert ends["refused by XLA"] > 20
+    rules = {"operand", "operand is a scalar", "starts", "lengths", "indices", "values", "k"}
+    assert len(rules & ends.keys()) >= 5, ends
+
+
+def call(device, operand, starts, lengths, k, *, values=None, indices=None, **attributes):
+    """One call of a target on a device, with values or, if `values` is None, without."""
+    target = _native.TARGET_INDICES if values is None else _native.TARGET_VALUES_INDICES
+    results = [] if values is None else [jax.ShapeDtypeStruct(*values)]
+    results.append(jax.ShapeDtypeStruct(*(indices or ((*operand.shape[:-1], k), np.int32))))
+    attributes = {"smallest": False, "sorted": False, "plan": "", **attributes}
+    with jax.default_device(device):
+        function = jax.ffi.ffi_call(target, results)
+        return jax.jit(lambda *a: function(*a, **attributes))(operand, starts, lengths)
+
+
+X, COUNTS = np.ones((3, 10), np.float32), np.zeros(3, np.int32)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (
+            {"operand": np.float32(1), "starts": np.int32(0), "lengths": np.int32(0)},
+            r"operand is a scalar; pass an array of shape \[\*batch, width\]",
+        ),
+        ({"operand": X.astype(np.int8)}, r"operand has element type S8; .* F32, BF16 and F16"),
+        ({"starts": COUNTS[:2]}, r"starts has shape \[2\]; it must be \[3\], the shape of operand"),
+        ({"lengths": X.astype(np.int32)}, r"lengths has shape \[3, 10\]; it must be \[3\]"),
+        ({"indices": ((4, 2), np.int32)}, r"indices has shape \[4, 2\]; it must be \[3\] followed"),
+        ({"indices": ((3,), np.int32)}, r"indices has shape \[3\]; it must be \[3\] followed by k"),
+        ({"k": 11}, r"k=11 exceeds the row width 10; pass k <= operand.shape\[-1\]"),
+        (
+            {"values": ((3, 2), np.float16)},
+            r"values has element type F16; it must be F32, as operand",
+        ),
+        ({"values": ((3, 3), np.float32)}, r"values has shape \[3, 3\]; it must be \[3, 2\], as"),
+        ({"smallest": np.int32(1)}, "Wrong scalar data type: expected PRED but got S32"),
+        ({"plan": True}, "Wrong attribute type"),
+        ({"more": True}, "Wrong number of attributes: expected 3 but got 4"),
+    ],
+)
+@pytest.mark.parametrize("platform", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_every_error_of_the_handlers_says_what_is_wrong(platform, arguments, message):
+    arguments = {"operand": X, "starts": COUNTS, "lengths": COUNTS, "k": 2, **arguments}
+    with pytest.raises(jax.errors.JaxRuntimeError, match=f"INVALID_ARGUMENT(?s:.*){message}"):
+        jax.block_until_ready(call(device_of(platform), **arguments))
