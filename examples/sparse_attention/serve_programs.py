@@ -309,7 +309,7 @@ class Compiler:
             compiled = lowered.compile()
             seconds = time.perf_counter() - start
             self._log(f"compiled {label} in {seconds:.1f} s{temporary_memory(compiled)}")
-            return compiled  # type: ignore[no-any-return]
+            return compiled
 
         return self._pool.submit(compile_lowered)
 
