@@ -4,14 +4,13 @@
 
 import dataclasses
 import json
+import pathlib
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-pytest.importorskip("tqdm", reason="the serving benchmark needs the 'examples' extra")
-
-from examples.sparse_attention import selection, serve
+from examples.sparse_attention import selection, serve, serve_programs, serve_report
 from examples.sparse_attention.config import CONFIGS
 
 SMALL = ["--batch", "2", "--input-len", "70", "--output-len", "3", "--waves", "2"]
@@ -62,14 +61,16 @@ def test_waves_of_compressed_caches_start_alike(monkeypatch, capsys):
 
 def test_xla_alone(capsys):
     assert serve.main(["--top-k-implementation", "xla", *SMALL]) == 0
-    assert "median TPOT" not in capsys.readouterr().out
+    assert " -> " not in capsys.readouterr().out  # nothing to compare with
 
 
 def test_other_tokens_fail_the_command(monkeypatch, capsys):
     """An implementation that selects other sets is found out, whatever its speed."""
-    honest = serve.selector
+    honest = serve_programs.selector
     monkeypatch.setattr(
-        serve, "selector", lambda name: selection.select_recent if name == "cpu" else honest(name)
+        serve_programs,
+        "selector",
+        lambda name: selection.select_recent if name == "cpu" else honest(name),
     )
     assert serve.main(["--top-k-implementation", "cpu", *SMALL]) == 1
     output = capsys.readouterr().out
@@ -85,7 +86,7 @@ def test_a_cache_that_is_too_small_is_explained(capsys):
 def test_free_selection_is_a_set_from_all_over_the_row():
     lengths = jnp.array([0, 3, 100, 131000])
     scores = jnp.zeros((4, 256))
-    indices = np.asarray(serve.select_evenly(scores, None, lengths, 64))
+    indices = np.asarray(serve_programs.select_evenly(scores, None, lengths, 64))
     assert (indices[0] == -1).all()
     assert indices[1].tolist() == [0, 1, 2] + [-1] * 61
     for row, length in ((indices[2], 100), (indices[3], 131000)):
@@ -105,13 +106,101 @@ def test_mixed_lengths_are_spread_and_fit():
 
 @pytest.mark.parametrize("batch", [1, 8, 32])
 def test_products_per_head_stay_in_cache(batch):
-    config = serve.sized_config("v32", layers=2, batch=batch, width=131072, vocab_size=64)
+    setting = serve_programs.new_setting("v32", 2, 64, batch, 131072, 0, 256)
+    config = setting.config
     products = 4 * batch * config.index_heads * config.index_block
-    assert products <= serve.SCORE_BLOCK_BYTES
+    assert products <= serve_programs.DECODE_BLOCK_BYTES
     assert config.index_block <= 131072 // 4
     assert 131072 % config.index_block == 0
     assert (config.num_layers, config.vocab_size) == (2, 64)
     assert config.dim == CONFIGS["v32"].dim
+
+
+def test_an_exhausted_budget_leaves_cells_out(tmp_path, capsys):
+    """It ends cleanly, says what is missing, and the result file says so too."""
+    result = tmp_path / "serve.json"
+    arguments = ["--top-k-implementation", "xla", "--budget", "0", "--json", str(result)]
+    assert serve.main([*arguments, *SMALL]) == 2
+    output = capsys.readouterr()
+    assert "INCOMPLETE: --budget 0 left out batch 2, input 70" in output.out
+    assert "pass a larger --budget" in output.err
+    written = json.loads(result.read_text())
+    assert written["header"]["left_out"] == ["batch 2, input 70"]
+    assert written["records"] == []
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--output-len", "1"], "leaves no gap between tokens"),
+        (["--grid", "--prefill", "computed"], "a program per prompt length"),
+    ],
+)
+def test_what_cannot_be_measured_is_explained(arguments, message, capsys):
+    assert serve.main(arguments) == 2
+    assert message in capsys.readouterr().err
+
+
+def result_of(tpots, left_out=()):
+    """A result as `serve --json` writes it, with the given median TPOT of cuda and xla per cell."""
+    header = {
+        "layers": 1,
+        "config": "v32",
+        "width": 131072,
+        "output_len": 32,
+        "waves": 3,
+        "device": "a GPU",
+        "jax": "0.11.2",
+        "date": "2026-11-24T00:00:00+00:00",
+        "left_out": list(left_out),
+    }
+    records = [
+        {
+            "implementation": name,
+            "batch": batch,
+            "input_len": "mixed",
+            "tpot_ms": {"median": tpot},
+            "output_tokens_per_s": 1000 * batch / tpot,
+            "top_k_share": 0.25,
+            "bound": 4 / 3,
+            "same_sets": True,
+            "same_tokens": name == "cuda",
+        }
+        for batch, cell in tpots.items()
+        for name, tpot in zip(("cuda", "xla"), cell, strict=True)
+    ]
+    return {"header": header, "records": records}
+
+
+def test_figures_in_markdown():
+    text = serve_report.markdown(result_of({1: (0.5, 0.6), 8: (2.0, 1.0)}, ["batch 32, input 5"]))
+    rows = [[cell.strip() for cell in row.split("|")] for row in text.splitlines() if "| 1 " in row]
+    assert rows[0][1:7] == ["1", "mixed", "0.500", "0.600", "1.20", "2,000"]
+    assert "shorter in 1 of 2 cells; the ratio to `lax.top_k` is 0.50 to 1.20" in text
+    assert "Not measured within the time budget: batch 32, input 5." in text
+
+
+def test_a_section_of_the_document_is_replaced():
+    document = f"before {serve_report.BEGIN} old {serve_report.END} after"
+    new = serve_report.replace_section(document, "new")
+    assert new == f"before {serve_report.BEGIN}\n\nnew\n\n{serve_report.END} after"
+    with pytest.raises(ValueError, match="exactly one section"):
+        serve_report.replace_section("no marks", "new")
+
+
+ROOT = pathlib.Path(__file__).parents[1]
+DOCUMENT = ROOT / "docs" / "sparse_attention.md"
+RESULT = ROOT / "examples" / "sparse_attention" / "results" / "serve_h100.json"
+
+
+def test_the_documentation_shows_the_committed_result():
+    """And none, while none is committed: `python -m examples.sparse_attention.serve_report`."""
+    document = DOCUMENT.read_text()
+    if RESULT.exists():
+        section = serve_report.markdown(json.loads(RESULT.read_text()))
+    else:
+        section = "No result is committed yet."
+    assert serve_report.replace_section(document, section) == document
 
 
 def test_statistics_are_milliseconds():

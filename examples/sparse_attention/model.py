@@ -36,6 +36,7 @@ Source: DeepSeek-V3.2-Exp, `inference/model.py`, and its technical report, secti
 
 from __future__ import annotations
 
+import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -193,6 +194,29 @@ def index_queries(
     return queries, weights * scales * (config.index_heads * config.index_dim) ** -0.5
 
 
+def compressed_queries(params: Params, config: Config, x: Array) -> Array:
+    """`qr` `[R, q_lora_rank]` of rows `x` `[R, dim]`, from which all queries are projected."""
+    return rms_norm(x @ params["wqa"], params["q_norm"], config.norm_eps)
+
+
+def candidate_scores(
+    params: Params, config: Config, cache: Cache, x: Array, qr: Array, positions: Array
+) -> Array:
+    """Index scores `[R, n]` (float32) of rows `x` `[R, dim]` against every candidate in the cache.
+
+    Args:
+        params: of the layer.
+        config: sizes.
+        cache: of `n` candidates.
+        x: `[R, dim]`, normalised input of the rows.
+        qr: `[R, q_lora_rank]`, their compressed queries.
+        positions: `[R]`, place of each row in its sequence.
+    """
+    queries, weights = index_queries(params, config, x, qr, positions)
+    keys, scales = cache.index_keys, cache.index_scales
+    return index_scores(queries, weights, keys, scales, config.index_block)
+
+
 def index_scores(queries: Array, weights: Array, keys: Array, scales: Array, block: int) -> Array:
     """Index scores of every row against every candidate, summed over heads.
 
@@ -213,11 +237,15 @@ def index_scores(queries: Array, weights: Array, keys: Array, scales: Array, blo
     Returns:
         `[R, n]` float32.
     """
-    if keys.dtype == jnp.float8_e4m3fn:  # exact in bfloat16, which every platform multiplies
-        queries, keys = queries.astype(jnp.bfloat16), keys.astype(jnp.bfloat16)
+    # fp8 is exact in bfloat16, which every platform multiplies. Keys are converted block by block,
+    # so that no bfloat16 copy of the whole cache is made.
+    dtype = jnp.bfloat16 if keys.dtype == jnp.float8_e4m3fn else keys.dtype
+    queries = queries.astype(dtype)
 
     def score(keys: Array) -> Array:
-        products = jnp.einsum("rhd,sd->rhs", queries, keys, preferred_element_type=jnp.float32)
+        products = jnp.einsum(
+            "rhd,sd->rhs", queries, keys.astype(dtype), preferred_element_type=jnp.float32
+        )
         return weighted_sum_over_heads(jax.nn.relu(products), weights)
 
     scores = [score(keys[i : i + block]) for i in range(0, keys.shape[0], block)]
@@ -270,8 +298,9 @@ def attend(
     logits = jnp.einsum("rhc,rkc->rhk", queries, latents, preferred_element_type=jnp.float32)
     logits = jnp.where(is_selected[:, None], logits * config.softmax_scale, -1e30)
     weights = jax.nn.softmax(logits, axis=-1) * is_selected[:, None]
-    content = latents[..., : config.kv_lora_rank]
-    mixed = jnp.einsum("rhk,rkc->rhc", weights.astype(latents.dtype), content)
+    # Rotated keys are no content; leaving them out here would copy all other channels.
+    mixed = jnp.einsum("rhk,rkc->rhc", weights.astype(latents.dtype), latents)
+    mixed = mixed[..., : config.kv_lora_rank]
     heads = jnp.einsum("rhc,hcv->rhv", mixed, params["wvb"])
     return heads.reshape(heads.shape[0], -1) @ params["wo"]
 
@@ -401,25 +430,29 @@ def sparse_attention(
     Returns:
         Output `[R, dim]` and the selected indices `[R, k]`, relative to the row's window.
     """
-    qr = rms_norm(x @ params["wqa"], params["q_norm"], config.norm_eps)
+    qr = compressed_queries(params, config, x)
     queries = attention_queries(params, config, qr, positions)
     starts = None if slots is None else jnp.maximum(slots - positions, 0) // config.compression
     lengths = jnp.maximum(positions + 1, 0) // config.compression
+    num_candidates = cache.latents.shape[0]
     if select is None:
-        indices = dense_indices(lengths, cache.latents.shape[0])
+        indices = dense_indices(lengths, num_candidates)
+        # The cache in place, under a mask: as indices are relative to the row's window, reading
+        # by them would copy all of it for every row.
+        latents = jnp.broadcast_to(cache.latents, (x.shape[0], *cache.latents.shape))
+        column = jnp.arange(num_candidates, dtype=lengths.dtype)
+        first = 0 if starts is None else starts[:, None]
+        is_selected = (column >= first) & (column < first + lengths[:, None])
     else:
-        index_q, weights = index_queries(params, config, x, qr, positions)
-        scores = index_scores(
-            index_q, weights, cache.index_keys, cache.index_scales, config.index_block
-        )
+        scores = candidate_scores(params, config, cache, x, qr, positions)
         # The barriers ask XLA not to fuse the indexer into one implementation of top-k but not
         # into another, which could round the scores differently.
         scores = lax.optimization_barrier(scores)
-        indices = select(scores, starts, lengths, min(config.top_k, scores.shape[1]))
+        indices = select(scores, starts, lengths, min(config.top_k, num_candidates))
         indices = lax.optimization_barrier(indices)
-    is_selected = indices >= 0
-    chosen = indices if starts is None else starts[:, None] + indices
-    latents = cache.latents[jnp.where(is_selected, chosen, 0)]
+        is_selected = indices >= 0
+        chosen = indices if starts is None else starts[:, None] + indices
+        latents = cache.latents[jnp.where(is_selected, chosen, 0)]
     if config.window:
         own_slots = positions if slots is None else slots
         window, exists = gather_window(params, config, cache, positions, own_slots)
@@ -434,6 +467,31 @@ def sparse_attention(
 def swiglu(params: Params, x: Array) -> Array:
     """The feed-forward block, `[R, dim]` to `[R, dim]`."""
     return (jax.nn.silu(x @ params["ffn_gate"]) * (x @ params["ffn_up"])) @ params["ffn_down"]
+
+
+def finish_rows(
+    params: Params,
+    config: Config,
+    cache: Cache,
+    select: Selector | None,
+    rows: tuple[Array, Array, Array, Array | None],
+) -> tuple[Array, Array]:
+    """What a layer does with rows once all of them have written to its cache.
+
+    Args:
+        params: of the layer.
+        config: sizes.
+        cache: of the layer, the rows' own entries in it.
+        select: which candidates to read.
+        rows: residual stream `[R, dim]`, the same normalised, positions and slots.
+
+    Returns:
+        The new residual stream, and the selected indices `[R, k]`.
+    """
+    x, h, positions, slots = rows
+    attended, indices = sparse_attention(params, config, cache, h, positions, slots, select)
+    x = x + attended
+    return x + swiglu(params, rms_norm(x, params["ffn_norm"], config.norm_eps)), indices
 
 
 def run_rows(
@@ -456,8 +514,9 @@ def run_rows(
         positions: `[R]`, place of each row in its sequence.
         slots: `[R]`, place of each row in the buffer, or None if it holds one sequence.
         select: which candidates to read.
-        block: rows that attend at a time, a divisor of R; all by default. It bounds the memory
-            that scores and gathered latents take.
+        block: rows that run through a layer at a time, once all have written to its cache; a
+            divisor of R, all by default. It bounds the memory that scores, gathered latents and
+            the feed-forward block take.
 
     Returns:
         Logits `[R, vocab]` in float32, the new caches, and indices `[layers, R, k]`.
@@ -467,13 +526,8 @@ def run_rows(
     for layer, cache in zip(params["layers"], caches, strict=True):
         h = rms_norm(x, layer["attention_norm"], config.norm_eps)
         cache = write_cache(layer, config, cache, h, positions, slots)
-
-        def attend_rows(args: tuple[Array, Array, Array | None]) -> tuple[Array, Array]:
-            return sparse_attention(layer, config, cache, *args, select)  # noqa: B023
-
-        attended, indices = map_blocks(attend_rows, (h, positions, slots), block)
-        x = x + attended
-        x = x + swiglu(layer, rms_norm(x, layer["ffn_norm"], config.norm_eps))
+        finish = functools.partial(finish_rows, layer, config, cache, select)
+        x, indices = map_blocks(finish, (x, h, positions, slots), block)
         new_caches.append(cache)
         selected.append(indices)
     x = rms_norm(x, params["norm"], config.norm_eps)
@@ -543,7 +597,7 @@ def prefill(
             every sequence; negative for padding. With compression, sequences start at multiples
             of it and T is one.
         select: which candidates to read.
-        block: rows that attend at a time, a divisor of T.
+        block: rows that run through a layer at a time, a divisor of T.
 
     Returns:
         Logits `[T, vocab]`, packed caches (see `unpack_cache`), and indices `[layers, T, k]`.

@@ -18,9 +18,16 @@ several batches (`--waves`) follow one another, the implementations taking turns
 clocks hit both alike.
 
     TTFT    time to first token: start of the batch to its first token. With a synthetic cache it
-            is one decode step; `--prefill computed` runs the prompt through the model before.
+            is one decode step; `--prefill computed` runs the prompts through the model before.
     TPOT    time per output token of a request after the first
     ITL     inter-token latency, every single gap
+
+Every cell is also checked. The scores of its first step are computed once, and both
+implementations must select the same set from them: if they do not, one of them is wrong. And all
+decoded tokens must be the same. The steps that decode them are different programs, which XLA may
+compile to different roundings; what it is asked to avoid that is described in serve_programs.py.
+
+Exit status: 0 if everything agrees, 1 if anything differs, 2 if it cannot run as asked.
 
 Source of the figures' definitions: `vllm bench serve`.
 """
@@ -30,34 +37,37 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import datetime
-import functools
-import itertools
-import json
-import pathlib
+import gc
+import os
 import platform
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import Array
-from tqdm import tqdm
 
-from examples.sparse_attention import command, model, selection
-from examples.sparse_attention.config import CONFIGS, Config
-from examples.sparse_attention.selection import Selector
+from examples.sparse_attention import command, model, serve_report
+from examples.sparse_attention.config import CONFIGS
+from examples.sparse_attention.serve_programs import (
+    FREE,
+    KEY,
+    Compiler,
+    PendingPrograms,
+    Programs,
+    Setting,
+    cache_shapes,
+    new_setting,
+    num_bytes,
+    weight_shapes,
+)
 
 GRID_WIDTH = 131072
 GRID_BATCHES = (1, 8, 32)
 GRID_LENGTHS = (2048, 8192, 32768, 128000, "mixed")
-# Products per index head of one block of candidates: small enough for the L2 cache of an H100
-# (50 MB), so that reducing them over heads does not go through memory.
-SCORE_BLOCK_BYTES = 32 * 2**20
-FREE = "free"
+COMPILE_SHARE = 0.7  # of the time budget; what is not compiled by then is left out
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,6 +83,9 @@ class Cell:
     batch: int
     input_len: int | str
 
+    def __str__(self) -> str:
+        return f"batch {self.batch}, input {self.input_len}"
+
     def lengths(self, longest: int) -> np.ndarray:
         """Length of every request, `[batch]`."""
         if isinstance(self.input_len, int):
@@ -81,117 +94,19 @@ class Cell:
         return np.exp(np.random.default_rng(0).uniform(low, high, self.batch)).astype(np.int32)
 
 
-@dataclasses.dataclass(frozen=True)
-class Setting:
-    """What all cells share.
+class Clock:
+    """Progress lines with the seconds since the start."""
 
-    Attributes:
-        config: sizes, `num_layers` of them.
-        width: positions in the static cache.
-        output_len: tokens decoded per request.
-        waves: batches per cell and implementation.
-        is_prefill_computed: whether prompts run through the model, or the cache is filled with
-            random latents and keys.
-        prefill_rows: rows of a prompt that attend at a time.
-    """
+    def __init__(self) -> None:
+        self._start = time.perf_counter()
 
-    config: Config
-    width: int
-    output_len: int
-    waves: int
-    is_prefill_computed: bool
-    prefill_rows: int
+    def elapsed(self) -> float:
+        """Seconds since the start."""
+        return time.perf_counter() - self._start
 
-
-def select_evenly(scores: Array, starts: Array | None, lengths: Array, k: int) -> Array:
-    """A selection that costs nothing, and gathers from all over the row as a real one does."""
-    del starts
-    # Integer arithmetic in 64 bits would need x64; (length * i) / k in two parts does not overflow.
-    i = jnp.arange(k, dtype=jnp.int32)
-    whole, rest = lengths[:, None] // k, lengths[:, None] % k
-    spread = whole * i + rest * i // k
-    indices = jnp.where(lengths[:, None] >= k, spread, i)
-    # The scores must be computed all the same, so the indices have to depend on them.
-    never = jax.lax.optimization_barrier(scores)[:, :1] == -12345.0
-    return jnp.where((i < lengths[:, None]) & ~never, indices, -1)
-
-
-def selector(name: str) -> Selector:
-    """The selector of an implementation, by the name it has in the tables."""
-    if name == FREE:
-        return select_evenly
-    return selection.select_top_k(command.implementation_of(name))
-
-
-# ------------------------------------------------------------------------------------- the model
-
-
-def sized_config(name: str, layers: int, batch: int, width: int, vocab_size: int) -> Config:
-    """A configuration with `layers` layers, and blocks of candidates that fit the batch."""
-    config = CONFIGS[name]
-    block = SCORE_BLOCK_BYTES // (4 * batch * config.index_heads)
-    # A power of two, and a quarter of the row at most.
-    block = min(1 << max(block, 128).bit_length() - 1, max(width // config.compression // 4, 1))
-    return dataclasses.replace(config, num_layers=layers, vocab_size=vocab_size, index_block=block)
-
-
-@functools.partial(jax.jit, static_argnames=("config", "width", "batch"))
-def synthetic_caches(key: Array, config: Config, width: int, batch: int) -> list[model.Cache]:
-    """Caches `[batch, width]` filled as if by a prompt: unit-size latents and index keys."""
-
-    def fill(key: Array) -> model.Cache:
-        latent_key, index_key, recent_key = jax.random.split(key, 3)
-        empty = model.init_cache(config, width)
-        keys = jax.random.normal(index_key, empty.index_keys.shape, jnp.bfloat16)
-        scales = jnp.full(empty.index_scales.shape, 2.0**-6 if config.index_fp8 else 1.0)
-        # One standard deviation is 64 fp8 units, well inside their range of 448.
-        values = keys * 64 if config.index_fp8 else keys
-        return model.Cache(
-            latents=jax.random.normal(latent_key, empty.latents.shape, empty.latents.dtype),
-            index_keys=values.astype(empty.index_keys.dtype),
-            index_scales=scales,
-            recent=jax.random.normal(recent_key, empty.recent.shape, empty.recent.dtype),
-        )
-
-    keys = jax.random.split(key, (config.num_layers, batch))
-    return [jax.lax.map(fill, layer_keys) for layer_keys in keys]
-
-
-def decode_function(config: Config, select: Selector) -> Callable[..., Any]:
-    """The jitted step: (params, caches, tokens `[B]`, lengths `[B]`) -> the same three, advanced.
-
-    Lengths are those before the step; the caches are updated in place.
-    """
-
-    def step(
-        params: model.Params, caches: list[model.Cache], tokens: Array, lengths: Array
-    ) -> tuple[list[model.Cache], Array, Array]:
-        lengths = lengths + 1
-        logits, caches, _ = model.decode_step(
-            params, config, caches, tokens[:, None], lengths, select
-        )
-        return caches, logits[:, 0].argmax(axis=-1).astype(jnp.int32), lengths
-
-    return jax.jit(step, donate_argnums=1)
-
-
-def prefill_function(setting: Setting, select: Selector) -> Callable[..., Any]:
-    """The jitted prefill of one prompt: (params, tokens `[T]`, length) -> caches of batch 1."""
-    config = setting.config
-
-    def prefill(params: model.Params, tokens: Array, length: Array) -> list[model.Cache]:
-        positions = jnp.arange(tokens.shape[0], dtype=jnp.int32)
-        positions = jnp.where(positions < length, positions, -1)
-        _, caches, _ = model.prefill(
-            params, config, tokens, positions, select, setting.prefill_rows
-        )
-        starts = jnp.zeros(1, jnp.int32)
-        return [
-            model.unpack_cache(config, cache, starts, length[None], setting.width)
-            for cache in caches
-        ]
-
-    return jax.jit(prefill)
+    def log(self, text: str) -> None:
+        """Prints one line."""
+        print(f"[{self.elapsed():6.1f} s] {text}", flush=True)
 
 
 # ---------------------------------------------------------------------------------------- timing
@@ -234,70 +149,68 @@ def statistics(seconds: np.ndarray) -> dict[str, float]:
 
 
 class Server:
-    """A batch of requests at fixed sizes: weights, caches, and the compiled steps.
+    """A batch of requests at fixed sizes: weights, caches, and the compiled programs.
 
     Lengths are run-time values, so one server measures every cell of its batch size.
     """
 
-    def __init__(self, setting: Setting, batch: int, implementations: Iterable[str]) -> None:
-        self.setting, self.batch = setting, batch
-        key = jax.random.key(0)
-        initialise = jax.jit(model.init_model, static_argnames="config")
-        self.params = initialise(key, setting.config)
-        self.caches = synthetic_caches(key, setting.config, setting.width, batch)
+    def __init__(self, programs: Programs, params: model.Params) -> None:
+        self.programs, self.params = programs, params
+        self.batch = programs.setting.batch
+        self.caches = programs.fill(jax.random.key(0))
         # The ring of the last positions wraps around while decoding; everything else that a wave
         # writes lies beyond the lengths at which the next one starts.
         self.rings = [jnp.copy(cache.recent) for cache in self.caches]
-        self.first_tokens = jnp.arange(batch, dtype=jnp.int32) % setting.config.vocab_size
-        self.steps = {
-            name: decode_function(setting.config, selector(name)) for name in implementations
-        }
-        self.prefills = {
-            name: prefill_function(setting, selector(name)) for name in implementations
-        }
+        vocab_size = programs.setting.config.vocab_size
+        self.first_tokens = jnp.arange(self.batch, dtype=jnp.int32) % vocab_size
 
-    def selected_sets(self, name: str, lengths: np.ndarray) -> np.ndarray:
-        """Indices `[layers, B, 1, k]` that an implementation selects in the next step."""
+    def selected_sets(self, lengths: np.ndarray) -> dict[str, np.ndarray]:
+        """What each implementation selects in the first layer of the next step, `[B, k]`.
 
-        @jax.jit
-        def select(
-            params: model.Params, caches: list[model.Cache], tokens: Array, lengths: Array
-        ) -> Array:
-            return model.decode_step(
-                params, self.setting.config, caches, tokens, lengths, selector(name)
-            )[2]
+        All of them from the same scores, so that nothing but top-k can make them differ.
+        """
+        on_device = jnp.asarray(lengths)
+        scores = self.programs.scores(self.params, self.caches, self.first_tokens, on_device)
+        selections = self.programs.selections
+        return {name: np.asarray(run(scores, on_device)) for name, run in selections.items()}
 
-        tokens = self.first_tokens[:, None]
-        return np.asarray(select(self.params, self.caches, tokens, jnp.asarray(lengths) + 1))
+    def prefill(self, name: str, lengths: np.ndarray) -> jax.Array:
+        """Runs every request's prompt through the model; returns the first tokens `[B]`."""
+        setting = self.programs.setting
+        prompt = jnp.arange(setting.prefill_buffer, dtype=jnp.int32) * 40503
+        prompt %= setting.config.vocab_size
+        tokens = []
+        for request, length in enumerate(lengths):
+            self.caches, token = self.programs.prefills[name](
+                self.params,
+                self.caches,
+                jnp.roll(prompt, request),
+                jnp.int32(length),
+                jnp.int32(request),
+            )
+            tokens.append(token)
+        return jnp.stack(tokens)
 
-    def prefill(self, name: str, lengths: np.ndarray) -> None:
-        """Runs every request's prompt through the model, one after the other."""
-        rows = self.setting.prefill_rows
-        buffer = -(-int(lengths.max()) // rows) * rows
-        prompt = jnp.arange(buffer, dtype=jnp.int32) * 40503 % self.setting.config.vocab_size
-        caches = [
-            self.prefills[name](self.params, jnp.roll(prompt, request), jnp.int32(length))
-            for request, length in enumerate(lengths)
-        ]
-        self.caches = jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *caches)
-
-    def serve_wave(self, name: str, lengths: np.ndarray, latencies: Latencies | None) -> None:
+    def serve_wave(
+        self, name: str, lengths: np.ndarray, output_len: int, latencies: Latencies | None
+    ) -> None:
         """Decodes one batch; records its time stamps unless it only warms up."""
-        step, params = self.steps[name], self.params
-        lengths_on_device = jnp.asarray(lengths)
+        step, params = self.programs.steps[name], self.params
+        length = jnp.asarray(lengths)
         self.caches = [
             cache._replace(recent=jnp.copy(ring))
             for cache, ring in zip(self.caches, self.rings, strict=True)
         ]
-        jax.block_until_ready((self.caches, lengths_on_device))
+        jax.block_until_ready((self.caches, length))
         stamps = [time.perf_counter()]
-        if self.setting.is_prefill_computed:
-            self.prefill(name, lengths)
-        caches, tokens, length = step(params, self.caches, self.first_tokens, lengths_on_device)
+        if latencies is not None and name in self.programs.prefills:
+            tokens, caches = self.prefill(name, lengths), self.caches
+        else:
+            caches, tokens, length = step(params, self.caches, self.first_tokens, length)
         decoded = []
-        for i in range(self.setting.output_len):
+        for i in range(output_len):
             awaited = tokens
-            if i + 1 < self.setting.output_len:
+            if i + 1 < output_len:
                 # Enqueued before the last token is awaited: the device never waits for the host.
                 caches, tokens, length = step(params, caches, tokens, length)
             awaited.block_until_ready()
@@ -311,20 +224,20 @@ class Server:
             latencies.tokens.append(np.stack([np.asarray(token) for token in decoded]))
 
 
-def measure_cell(server: Server, cell: Cell, chosen: str) -> list[dict[str, Any]]:
+def measure_cell(
+    server: Server, cell: Cell, chosen: str, output_len: int, waves: int
+) -> list[serve_report.Record]:
     """Measures one cell; one record per implementation, the chosen one first, xla last."""
-    setting = server.setting
-    lengths = cell.lengths(setting.width - setting.output_len)
+    lengths = cell.lengths(server.programs.setting.width - output_len)
     names = list(dict.fromkeys([chosen, "xla", FREE]))
-    sets_agree = np.array_equal(
-        server.selected_sets(chosen, lengths), server.selected_sets("xla", lengths)
-    )
+    sets = server.selected_sets(lengths)
     latencies = {name: Latencies() for name in names}
+    gc.collect()  # now rather than while a token is awaited
     for name in names:
-        server.serve_wave(name, lengths, None)
-    for _ in range(setting.waves):
+        server.serve_wave(name, lengths, output_len, None)
+    for _ in range(waves):
         for name in names:
-            server.serve_wave(name, lengths, latencies[name])
+            server.serve_wave(name, lengths, output_len, latencies[name])
     tokens_agree = all(
         np.array_equal(one, other)
         for one, other in zip(latencies[chosen].tokens, latencies["xla"].tokens, strict=True)
@@ -340,57 +253,24 @@ def measure_cell(server: Server, cell: Cell, chosen: str) -> list[dict[str, Any]
                 "implementation": name,
                 "batch": cell.batch,
                 "input_len": cell.input_len,
-                "output_len": setting.output_len,
+                "output_len": output_len,
                 **summary,
+                "free_itl_ms": summaries[FREE]["itl_ms"],
                 "top_k_share": share,
                 "bound": 1 / (1 - share),
-                "same_sets": sets_agree,
+                "same_sets": bool(np.array_equal(sets[chosen], sets["xla"])),
                 "same_tokens": tokens_agree,
             }
         )
     return records
 
 
-# ---------------------------------------------------------------------------------------- report
+# --------------------------------------------------------------------------------------- command
 
 
-def format_table(records: list[dict[str, Any]]) -> str:
-    """One line per cell and implementation."""
-    header = (
-        f"{'batch':>5} {'input':>7} {'top-k':<5} {'TTFT ms':>22} {'TPOT ms':>22} {'ITL ms':>22} "
-        f"{'tokens/s':>9} {'req/s':>7} {'share':>6} {'bound':>6}  same sets, tokens"
-    )
-    units = f"{'':>19} " + f"{'mean / median / P99':>22} " * 3
-    rows = [header, units.rstrip()]
-    for r in records:
-        times = " ".join(
-            f"{' / '.join(f'{r[key][s]:.3g}' for s in ('mean', 'median', 'p99')):>22}"
-            for key in ("ttft_ms", "tpot_ms", "itl_ms")
-        )
-        rows.append(
-            f"{r['batch']:>5} {r['input_len']:>7} {r['implementation']:<5} {times} "
-            f"{r['output_tokens_per_s']:>9,.0f} {r['requests_per_s']:>7.1f} "
-            f"{r['top_k_share']:>6.1%} {r['bound']:>5.2f}x  "
-            f"{'yes' if r['same_sets'] else 'NO'}, {'yes' if r['same_tokens'] else 'NO'}"
-        )
-    return "\n".join(rows)
-
-
-def gains(records: list[dict[str, Any]]) -> list[str]:
-    """One sentence per cell: TPOT of the chosen implementation against xla."""
-    sentences = []
-    for ours, xla in itertools.pairwise(records):
-        if ours["implementation"] == "xla":  # `xla` belongs to the next cell
-            continue
-        ratio = xla["tpot_ms"]["median"] / ours["tpot_ms"]["median"]
-        sentences.append(
-            f"batch {ours['batch']}, input {ours['input_len']}: median TPOT "
-            f"{xla['tpot_ms']['median']:.3f} -> {ours['tpot_ms']['median']:.3f} ms, {ratio:.2f}x"
-        )
-    return sentences
-
-
-def report_header(args: argparse.Namespace, setting: Setting, device: jax.Device) -> dict[str, Any]:
+def report_header(
+    args: argparse.Namespace, width: int, vocab_size: int, device: jax.Device
+) -> dict[str, Any]:
     """What a result file has to say about where its records come from."""
     try:
         commit = subprocess.run(
@@ -403,45 +283,35 @@ def report_header(args: argparse.Namespace, setting: Setting, device: jax.Device
         "platform_version": device.client.platform_version,
         "jax": jax.__version__,
         "python": platform.python_version(),
+        "xla_flags": os.environ.get("XLA_FLAGS", ""),
         "commit": commit,
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "config": args.config,
-        "layers": setting.config.num_layers,
-        "vocab_size": setting.config.vocab_size,
-        "width": setting.width,
-        "waves": setting.waves,
+        "layers": args.layers,
+        "vocab_size": vocab_size,
+        "width": width,
+        "output_len": args.output_len,
+        "waves": args.waves,
         "prefill": args.prefill,
+        "left_out": [],
     }
 
 
-def plot(records: list[dict[str, Any]], title: str, path: str) -> None:
-    """Draws median TPOT over the input length, one panel per batch size."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    batches = sorted({record["batch"] for record in records})
-    figure, panels = pyplot.subplots(
-        1, len(batches), figsize=(1 + 3.2 * len(batches), 3.6), layout="constrained", squeeze=False
-    )
-    for panel, batch in zip(panels[0], batches, strict=True):
-        of_batch = [r for r in records if r["batch"] == batch]
-        labels = list(dict.fromkeys(str(r["input_len"]) for r in of_batch))
-        for name in dict.fromkeys(r["implementation"] for r in of_batch):
-            bars = [r["tpot_ms"]["median"] for r in of_batch if r["implementation"] == name]
-            shift = -0.2 if name != "xla" else 0.2
-            label = "lax.top_k (xla)" if name == "xla" else f"jax_topk ({name})"
-            panel.bar(np.arange(len(bars)) + shift, bars, width=0.4, label=label)
-        panel.set_xticks(range(len(labels)), labels, rotation=45)
-        panel.set_title(f"batch {batch}")
-        panel.set_xlabel("tokens in the cache")
-    panels[0][0].set_ylabel("median time per output token, ms")
-    panels[0][0].legend()
-    figure.suptitle(title)
-    pathlib.Path(path).parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=150)
-    pyplot.close(figure)
+def memory_problem(settings: list[Setting], device: jax.Device) -> str | None:
+    """Prints what weights and caches take; returns why that is too much for the device, if so."""
+    weights = num_bytes(weight_shapes(settings[0].config))
+    limit = (device.memory_stats() or {}).get("bytes_limit")
+    available = "" if limit is None else f"; {limit / 1e9:.1f} GB for JAX on the device"
+    print(f"weights {weights / 1e9:.2f} GB{available}")
+    for setting in settings:
+        caches = num_bytes(cache_shapes(setting))
+        print(f"caches of batch {setting.batch}: {caches / 1e9:.2f} GB")
+        if limit is not None and weights + caches > limit:
+            return (
+                f"--batch {setting.batch} needs {(weights + caches) / 1e9:.1f} GB for weights and "
+                f"caches, more than JAX may use; pass a smaller --batch, --width or --layers"
+            )
+    return None
 
 
 def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
@@ -471,9 +341,19 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
         action="store_true",
         help=f"batches {GRID_BATCHES} x inputs {GRID_LENGTHS} at width {GRID_WIDTH}",
     )
-    parser.add_argument("--prefill", choices=["synthetic", "computed"], default="synthetic")
-    parser.add_argument("--prefill-rows", type=int, default=64, help="prompt rows per block")
-    parser.add_argument("--json", help="file for the results")
+    parser.add_argument(
+        "--prefill",
+        choices=["synthetic", "computed"],
+        default="synthetic",
+        help="fill the cache with random numbers, or run prompts through the model (in TTFT)",
+    )
+    parser.add_argument("--prefill-rows", type=int, default=256, help="prompt rows per block")
+    parser.add_argument(
+        "--budget",
+        type=float,
+        help="seconds after which no further cell is begun; those left out are listed",
+    )
+    parser.add_argument("--json", help="file for the results, written after every cell")
     parser.add_argument("--plot", help="file for the picture")
     return parser.parse_args(arguments)
 
@@ -485,8 +365,23 @@ def main(arguments: list[str] | None = None) -> int:
         return measure(args)
 
 
+def problem_of(args: argparse.Namespace, needed: int, width: int) -> str | None:
+    """Why the arguments cannot be served, or None."""
+    if args.output_len < 2:
+        return f"--output-len {args.output_len} leaves no gap between tokens; pass at least 2"
+    if needed > width:
+        return f"--width {width} is less than input and output, {needed} tokens"
+    if args.grid and args.prefill == "computed":
+        return (
+            "--prefill computed compiles a program per prompt length, too many for --grid; pass "
+            "--batch and --input-len instead"
+        )
+    return None
+
+
 def measure(args: argparse.Namespace) -> int:
     """`main` on the device that the arguments chose."""
+    clock = Clock()
     if args.grid:
         cells = [Cell(batch, length) for batch in GRID_BATCHES for length in GRID_LENGTHS]
     else:
@@ -495,47 +390,132 @@ def measure(args: argparse.Namespace) -> int:
     needed = max(fixed, default=0) + args.output_len
     is_mixed = len(fixed) < len(cells)
     width = args.width or (GRID_WIDTH if is_mixed else -(-needed // 1024) * 1024)
-    if needed > width:
-        print(f"--width {width} is less than input and output, {needed} tokens", file=sys.stderr)
+    if problem := problem_of(args, needed, width):
+        print(problem, file=sys.stderr)
         return 2
 
+    buffer = 0
+    if args.prefill == "computed":
+        longest = int(cells[0].lengths(width - args.output_len).max())
+        buffer = -(-longest // args.prefill_rows) * args.prefill_rows
+    settings = [
+        new_setting(
+            args.config, args.layers, args.vocab_size, batch, width, buffer, args.prefill_rows
+        )
+        for batch in dict.fromkeys(cell.batch for cell in cells)
+    ]
     device = next(iter(jnp.zeros(()).devices()))
     print(f"{args.layers} layer(s) of {args.config}, cache width {width}, on {device.device_kind}")
     print(f"prefill: {args.prefill}" + ", not in TTFT" * (args.prefill == "synthetic"))
-    records: list[dict[str, Any]] = []
+    if problem := memory_problem(settings, device):
+        print(problem, file=sys.stderr)
+        return 2
+
+    names = list(dict.fromkeys([args.top_k_implementation, "xla"]))
+    compiler = Compiler(clock.log)
+    try:
+        params, programs = compile_programs(settings, names, compiler, clock, args.budget)
+    except RuntimeError as error:
+        print(f"cannot run here\n{error}", file=sys.stderr)
+        return 2
+    finally:
+        compiler.stop()
+    result = {
+        "header": report_header(args, width, settings[0].config.vocab_size, device),
+        "records": [],
+    }
+    measure_cells(cells, params, programs, args, clock, result)
+    return report(result, args)
+
+
+def compile_programs(
+    settings: list[Setting],
+    names: list[str],
+    compiler: Compiler,
+    clock: Clock,
+    budget: float | None,
+) -> tuple[model.Params, dict[int, Programs]]:
+    """Makes the weights and compiles the programs by batch size; those in time for the budget."""
+
+    def init(key: jax.Array) -> model.Params:
+        return model.init_model(key, settings[0].config)
+
+    weights = compiler.submit("weights", init, (KEY,))
+    pending = [PendingPrograms(setting, names, compiler) for setting in settings]
+    for batch in pending:
+        batch.submit_rest()
+    clock.log("all programs are lowered and being compiled")
+    params = jax.block_until_ready(weights.result()(jax.random.key(0)))
+    programs = {}
+    for batch in pending:
+        seconds = None if budget is None else max(COMPILE_SHARE * budget - clock.elapsed(), 0)
+        compiled = batch.wait(seconds)
+        if compiled is None:
+            clock.log(f"the programs of batch {batch.setting.batch} were not compiled in time")
+        else:
+            programs[batch.setting.batch] = compiled
+    return params, programs
+
+
+def measure_cells(
+    cells: list[Cell],
+    params: model.Params,
+    programs: dict[int, Programs],
+    args: argparse.Namespace,
+    clock: Clock,
+    result: serve_report.Result,
+) -> None:
+    """Measures cell by cell; adds to the result, and to its file, after each."""
     server = None
-    with tqdm(total=len(cells), desc="cells", file=sys.stdout) as bar:
-        for cell in cells:
-            config = sized_config(args.config, args.layers, cell.batch, width, args.vocab_size)
-            setting = Setting(
-                config=config,
-                width=width,
-                output_len=args.output_len,
-                waves=args.waves,
-                is_prefill_computed=args.prefill == "computed",
-                prefill_rows=args.prefill_rows,
-            )
+    longest = 0.0  # seconds that a cell took
+    for cell in cells:
+        start = clock.elapsed()
+        is_late = args.budget is not None and start + longest > args.budget
+        if is_late or cell.batch not in programs:
+            result["header"]["left_out"].append(str(cell))
+        else:
             if server is None or server.batch != cell.batch:
                 server = None  # frees the caches of the last batch size before the next are made
-                names = (args.top_k_implementation, "xla", FREE)
-                server = Server(setting, cell.batch, names)
-            records += measure_cell(server, cell, args.top_k_implementation)
-            bar.update()
+                server = Server(programs[cell.batch], params)
+            records = measure_cell(
+                server, cell, args.top_k_implementation, args.output_len, args.waves
+            )
+            result["records"] += records
+            times = ", ".join(
+                f"{r['implementation']} {r['tpot_ms']['median']:.3f} ms" for r in records
+            )
+            clock.log(f"{cell}: median TPOT {times}")
+            longest = max(longest, clock.elapsed() - start)
+        if args.json:
+            serve_report.write_result(result, args.json)
 
-    print("\n" + format_table(records) + "\n\n" + "\n".join(gains(records)))
-    title = f"{args.layers} layer(s) of {args.config} on {device.device_kind}"
-    if args.json:
-        result = {"header": report_header(args, setting, device), "records": records}
-        pathlib.Path(args.json).parent.mkdir(parents=True, exist_ok=True)
-        pathlib.Path(args.json).write_text(json.dumps(result, indent=1) + "\n")
+
+def report(result: serve_report.Result, args: argparse.Namespace) -> int:
+    """Prints the tables and the verdict, draws the picture; returns the exit status."""
+    records, left_out = result["records"], result["header"]["left_out"]
+    if left_out:
+        print(f"INCOMPLETE: --budget {args.budget:g} left out " + "; ".join(left_out))
+    if not records:
+        print("nothing was measured; pass a larger --budget", file=sys.stderr)
+        return 2
+    print("\n" + serve_report.format_table(records))
+    print("\n" + "\n".join(serve_report.gains(records)))
     if args.plot:
-        plot(records, title, args.plot)
-    if not all(record["same_sets"] and record["same_tokens"] for record in records):
-        print("DISAGREEMENT: sets or tokens differ between the implementations")
+        serve_report.plot(result, args.plot)
+    name = args.top_k_implementation
+    if not all(record["same_sets"] for record in records):
+        print(f"DISAGREEMENT: {name} and xla selected different sets from the same scores")
+        return 1
+    if not all(record["same_tokens"] for record in records):
+        print(
+            f"DISAGREEMENT: {name} and xla selected the same sets from the same scores, but the "
+            "decoded tokens differ. If XLA compiled the two steps to different roundings, they "
+            "agree under XLA_FLAGS=--xla_gpu_autotune_level=0, where it does not time algorithms"
+        )
         return 1
     print(
-        f"OK: {args.top_k_implementation} and xla selected the same sets and decoded the same "
-        "tokens in every cell"
+        f"OK: {name} and xla selected the same sets and decoded the same tokens in every cell "
+        "measured"
     )
     return 0
 

@@ -229,10 +229,10 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     """Reads the command line."""
     parser = command.new_parser("examples.sparse_attention.text", __doc__)
     command.add_implementation(parser)
-    parser.add_argument("--steps", type=int, default=600, help="training steps, dense")
-    parser.add_argument("--adapt", type=int, default=30, help="training steps per way of reading")
+    parser.add_argument("--steps", type=int, default=400, help="training steps, dense")
+    parser.add_argument("--adapt", type=int, default=15, help="training steps per way of reading")
     parser.add_argument(
-        "--batch", type=int, default=8, help=f"sequences of {LENGTH} bytes per step"
+        "--batch", type=int, default=4, help=f"sequences of {LENGTH} bytes per step"
     )
     parser.add_argument("--sequences", type=int, default=64, help="held-out sequences")
     parser.add_argument("--seed", type=int, default=0, help="of weights, batches and evaluation")

@@ -23,7 +23,6 @@ from jax import Array, lax
 
 from examples.sparse_attention import model
 from examples.sparse_attention.config import Config
-from examples.sparse_attention.pieces import rms_norm
 from examples.sparse_attention.selection import Selector
 
 # What a row may read: (index scores [n, n], attention weights [n, n], starts [n], lengths [n], k)
@@ -98,7 +97,7 @@ def attention_block(
         read: what each row may read.
     """
     starts, lengths = jnp.arange(x.shape[0]) - positions, positions + 1
-    qr = rms_norm(x @ params["wqa"], params["q_norm"], config.norm_eps)
+    qr = model.compressed_queries(params, config, x)
 
     index_q, index_w = model.index_queries(
         params, config, lax.stop_gradient(x), lax.stop_gradient(qr), positions

@@ -1,0 +1,204 @@
+# Copyright 2026 The jax_topk Authors
+# SPDX-License-Identifier: Apache-2.0
+"""Results of the serving benchmark: files, tables, the picture, and the section of the docs.
+
+    python -m examples.sparse_attention.serve_report \
+        examples/sparse_attention/results/serve_h100.json --docs docs/sparse_attention.md
+
+rewrites the figures in the documentation, and the picture beside it, from a committed result. A
+test holds the two together. Without `--docs` the full table is printed.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import pathlib
+import re
+import sys
+from typing import Any
+
+import numpy as np
+
+from examples.sparse_attention import command
+
+Record = dict[str, Any]  # one implementation in one cell
+Result = dict[str, Any]  # {"header": {...}, "records": [...]}
+
+BEGIN = "<!-- begin: written by examples.sparse_attention.serve_report -->"
+END = "<!-- end -->"
+PICTURE = "serve.svg"
+
+
+def write_result(result: Result, path: str) -> None:
+    """Writes a result file; whoever reads it meanwhile, or after a crash, finds a whole one."""
+    target = pathlib.Path(path)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = target.with_name(target.name + ".unfinished")
+    unfinished.write_text(json.dumps(result, indent=1) + "\n")
+    os.replace(unfinished, target)
+
+
+def pairs(records: list[Record]) -> list[tuple[Record, Record]]:
+    """Per cell, the chosen implementation's record and XLA's; none if XLA alone was measured."""
+    cells: dict[tuple[int, str], list[Record]] = {}
+    for record in records:
+        cells.setdefault((record["batch"], str(record["input_len"])), []).append(record)
+    return [(cell[0], cell[1]) for cell in cells.values() if len(cell) == 2]
+
+
+def tpot_ratio(ours: Record, xla: Record) -> float:
+    """How many times shorter the chosen implementation's median TPOT is."""
+    return float(xla["tpot_ms"]["median"] / ours["tpot_ms"]["median"])
+
+
+def format_table(records: list[Record]) -> str:
+    """One line per cell and implementation."""
+    header = (
+        f"{'batch':>5} {'input':>7} {'top-k':<5} {'TTFT ms':>22} {'TPOT ms':>22} {'ITL ms':>22} "
+        f"{'tokens/s':>9} {'req/s':>7} {'share':>6} {'bound':>6}  same sets, tokens"
+    )
+    units = f"{'':>19} " + f"{'mean / median / P99':>22} " * 3
+    rows = [header, units.rstrip()]
+    for r in records:
+        times = " ".join(
+            f"{' / '.join(f'{r[key][s]:.3g}' for s in ('mean', 'median', 'p99')):>22}"
+            for key in ("ttft_ms", "tpot_ms", "itl_ms")
+        )
+        rows.append(
+            f"{r['batch']:>5} {r['input_len']:>7} {r['implementation']:<5} {times} "
+            f"{r['output_tokens_per_s']:>9,.0f} {r['requests_per_s']:>7.1f} "
+            f"{r['top_k_share']:>6.1%} {r['bound']:>5.2f}x  "
+            f"{'yes' if r['same_sets'] else 'NO'}, {'yes' if r['same_tokens'] else 'NO'}"
+        )
+    return "\n".join(rows)
+
+
+def gains(records: list[Record]) -> list[str]:
+    """One sentence per cell: TPOT of the chosen implementation against xla."""
+    return [
+        f"batch {ours['batch']}, input {ours['input_len']}: median TPOT "
+        f"{xla['tpot_ms']['median']:.3f} -> {ours['tpot_ms']['median']:.3f} ms, "
+        f"{tpot_ratio(ours, xla):.2f}x"
+        for ours, xla in pairs(records)
+    ]
+
+
+def device_line(header: dict[str, Any]) -> str:
+    """Where and when a result was measured, as the docs say it."""
+    return (
+        f"{header['layers']} layer(s) of `{header['config']}`, cache width {header['width']:,}, "
+        f"{header['output_len']} tokens per request, {header['waves']} batches per cell and "
+        f"implementation; {header['device']}, jax {header['jax']}, {header['date'][:10]}"
+    )
+
+
+def markdown(result: Result) -> str:
+    """The figures as the documentation shows them: one row per cell, then the picture.
+
+    Times are medians; the result file has means and 99th percentiles too.
+    """
+    compared = pairs(result["records"])
+    if not compared:
+        raise ValueError(
+            "the result has no cell in which an implementation was compared with xla; measure "
+            "with --top-k-implementation cuda or cpu"
+        )
+    name = compared[0][0]["implementation"]
+    rows = [
+        f"| batch | tokens in the cache | TPOT ms, {name} | TPOT ms, `lax.top_k` | ratio | "
+        f"output tokens/s, {name} | `lax.top_k` | share of top-k, {name} | `lax.top_k` | "
+        "bound for `lax.top_k` | same sets, tokens |",
+        "|" + "---|" * 11,
+    ]
+    for ours, xla in compared:
+        length = ours["input_len"]
+        same = [("no", "yes")[ours[key]] for key in ("same_sets", "same_tokens")]
+        rows.append(
+            f"| {ours['batch']} | {length if isinstance(length, str) else f'{length:,}'} | "
+            f"{ours['tpot_ms']['median']:.3f} | {xla['tpot_ms']['median']:.3f} | "
+            f"{tpot_ratio(ours, xla):.2f} | "
+            f"{ours['output_tokens_per_s']:,.0f} | {xla['output_tokens_per_s']:,.0f} | "
+            f"{ours['top_k_share']:.1%} | {xla['top_k_share']:.1%} | {xla['bound']:.2f} | "
+            f"{', '.join(same)} |"
+        )
+    ratios = [tpot_ratio(ours, xla) for ours, xla in compared]
+    better = sum(ratio > 1 for ratio in ratios)
+    summary = (
+        f"TPOT with {name} is shorter in {better} of {len(ratios)} cells; the ratio to `lax.top_k` "
+        f"is {min(ratios):.2f} to {max(ratios):.2f}."
+    )
+    left_out = result["header"]["left_out"]
+    missing = [f"Not measured within the time budget: {'; '.join(left_out)}."] if left_out else []
+    return "\n\n".join(
+        [
+            f"{device_line(result['header'])}; medians.",
+            "\n".join(rows),
+            "\n".join([summary, *missing]),
+            f"![Median time per output token]({PICTURE})",
+        ]
+    )
+
+
+def replace_section(document: str, section: str) -> str:
+    """The document with what stands between the two marks replaced."""
+    pattern = re.compile(f"{re.escape(BEGIN)}.*?{re.escape(END)}", re.DOTALL)
+    if len(pattern.findall(document)) != 1:
+        raise ValueError(f"the document needs exactly one section from {BEGIN!r} to {END!r}")
+    return pattern.sub(lambda _: f"{BEGIN}\n\n{section}\n\n{END}", document)
+
+
+def plot(result: Result, path: str) -> None:
+    """Draws median TPOT over the input length, one panel per batch size."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    records, header = result["records"], result["header"]
+    batches = sorted({record["batch"] for record in records})
+    figure, panels = pyplot.subplots(
+        1, len(batches), figsize=(1 + 3.2 * len(batches), 3.6), layout="constrained", squeeze=False
+    )
+    for panel, batch in zip(panels[0], batches, strict=True):
+        of_batch = [r for r in records if r["batch"] == batch]
+        labels = list(dict.fromkeys(str(r["input_len"]) for r in of_batch))
+        for name in dict.fromkeys(r["implementation"] for r in of_batch):
+            bars = [r["tpot_ms"]["median"] for r in of_batch if r["implementation"] == name]
+            shift = -0.2 if name != "xla" else 0.2
+            label = "lax.top_k (xla)" if name == "xla" else f"jax_topk ({name})"
+            panel.bar(np.arange(len(bars)) + shift, bars, width=0.4, label=label)
+        panel.set_xticks(range(len(labels)), labels, rotation=45)
+        panel.set_title(f"batch {batch}")
+        panel.set_xlabel("tokens in the cache")
+    panels[0][0].set_ylabel("median time per output token, ms")
+    panels[0][0].legend()
+    figure.suptitle(f"{header['layers']} layer(s) of {header['config']} on {header['device']}")
+    pathlib.Path(path).parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=150)
+    pyplot.close(figure)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Prints a result, or writes it into the documentation."""
+    parser = command.new_parser("examples.sparse_attention.serve_report", __doc__)
+    parser.add_argument("result", help="file that serve wrote with --json")
+    parser.add_argument("--docs", help=f"document to write the figures into, {PICTURE} beside it")
+    args = parser.parse_args(arguments)
+    result = json.loads(pathlib.Path(args.result).read_text())
+    if not args.docs:
+        print(format_table(result["records"]) + "\n\n" + "\n".join(gains(result["records"])))
+        return 0
+    document = pathlib.Path(args.docs)
+    try:
+        document.write_text(replace_section(document.read_text(), markdown(result)))
+    except ValueError as error:
+        print(error, file=sys.stderr)
+        return 2
+    plot(result, str(document.with_name(PICTURE)))
+    print(f"wrote {document} and {document.with_name(PICTURE)}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
