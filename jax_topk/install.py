@@ -61,8 +61,8 @@ _replaced: dict[str, Any] | None = None  # platform -> entry before, while insta
 def install() -> None:
     """Routes `jax.lax.top_k` and `jnp.top_k` through this package's kernels, for the process.
 
-    `jnp.top_k` exists from JAX 0.11.1 on. May be called any number of times, from any thread. Without native modules for this machine it
-    warns and changes nothing.
+    `jnp.top_k` exists from JAX 0.11.1 on. May be called any number of times, from any thread.
+    Without native modules for this machine it warns and changes nothing.
 
     Raises:
         RuntimeError: this version of JAX is not known to this version of jax_topk.

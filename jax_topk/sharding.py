@@ -305,18 +305,12 @@ def _gather_candidates(
     if dtype == np.bool_ or np.dtype(dtype).itemsize * 8 != _num_bits(dtype):
         # These have no integer of their own size to travel in: two collectives.
         return _all_gather(values, axis), _all_gather(indices, axis)
-    batch, m = values.shape[:-1], values.shape[-1]
     unit = min(np.dtype(dtype).itemsize, indices.dtype.itemsize)
     packed = jnp.concatenate([_to_units(values, unit), _to_units(indices, unit)], axis=-1)
-    gathered = _all_gather(packed, axis).reshape(*batch, -1, packed.shape[-1])
-    num_value_units = m * np.dtype(dtype).itemsize // unit
-    all_values, all_indices = (
-        _from_units(part, wanted).reshape(*batch, -1)
-        for part, wanted in (
-            (gathered[..., :num_value_units], dtype),
-            (gathered[..., num_value_units:], indices.dtype),
-        )
-    )
+    gathered = _all_gather(packed, axis, stacked=True)
+    num_value_units = values.shape[-1] * np.dtype(dtype).itemsize // unit
+    all_values = _join_blocks(_from_units(gathered[..., :num_value_units], dtype))
+    all_indices = _join_blocks(_from_units(gathered[..., num_value_units:], indices.dtype))
     return _differentiable_as_gather(all_values, values, axis), all_indices
 
 
@@ -339,6 +333,12 @@ def _from_units(bits: jax.Array, dtype: Any) -> jax.Array:
     return lax.bitcast_convert_type(bits, dtype)
 
 
+def _join_blocks(x: jax.Array) -> jax.Array:
+    """`[D, *batch, m]` to `[*batch, D * m]`."""
+    x = jnp.moveaxis(x, 0, -2)
+    return x.reshape(*x.shape[:-2], -1)
+
+
 @functools.partial(jax.custom_jvp, nondiff_argnums=(2,))
 def _differentiable_as_gather(gathered: jax.Array, x: jax.Array, axis: Hashable) -> jax.Array:
     """Returns `gathered`, with the derivative of an all-gather of `x` over `axis`."""
@@ -353,15 +353,22 @@ def _differentiable_as_gather_jvp(
     return _differentiable_as_gather(*primals, axis), _all_gather(tangents[1], axis)
 
 
-def _all_gather(x: jax.Array, axis: Hashable) -> jax.Array:
-    """Concatenates the last axis over the devices of one mesh axis: `[*batch, m]` to `D * m`."""
+def _all_gather(x: jax.Array, axis: Hashable, *, stacked: bool = False) -> jax.Array:
+    """Gathers `[*batch, m]` over the devices of one mesh axis: to `[*batch, D * m]`, or stacked.
+
+    Stacked, `[D, *batch, m]`, is what a collective writes without a transposition.
+    """
     is_manual = axis in jax.sharding.get_abstract_mesh().manual_axes  # else an axis of vmap
     if is_manual and axis not in jax.typeof(x).mat.varying:
         # Nothing changes under check_vma=False, where no type varies.
         x = lax.pcast(x, (axis,), to="varying")
     is_typed = axis in jax.typeof(x).mat.varying
     gathered: jax.Array = lax.all_gather(
-        x, axis, axis=x.ndim - 1, tiled=True, to="invarying" if is_typed else "varying"
+        x,
+        axis,
+        axis=0 if stacked else x.ndim - 1,
+        tiled=not stacked,
+        to="invarying" if is_typed else "varying",
     )
     return gathered
 
