@@ -301,17 +301,33 @@ def _gather_candidates(
     Returns:
         `[*batch, D * m]` values and indices, in the order of the devices.
     """
-    dtype = values.dtype
-    if dtype == np.bool_ or np.dtype(dtype).itemsize * 8 != _num_bits(dtype):
-        # These have no integer of their own size to travel in: two collectives.
+    if not _is_packable(values.dtype):
         return _all_gather(values, axis), _all_gather(indices, axis)
-    unit = min(np.dtype(dtype).itemsize, indices.dtype.itemsize)
-    packed = jnp.concatenate([_to_units(values, unit), _to_units(indices, unit)], axis=-1)
-    gathered = _all_gather(packed, axis, stacked=True)
-    num_value_units = values.shape[-1] * np.dtype(dtype).itemsize // unit
-    all_values = _join_blocks(_from_units(gathered[..., :num_value_units], dtype))
-    all_indices = _join_blocks(_from_units(gathered[..., num_value_units:], indices.dtype))
+    gathered = _all_gather(_pack(values, indices), axis, stacked=True)
+    all_values, all_indices = map(_join_blocks, _unpack(gathered, values, indices))
     return _differentiable_as_gather(all_values, values, axis), all_indices
+
+
+def _is_packable(dtype: Any) -> bool:
+    """Whether values have integers of their own size to travel in; others take two collectives."""
+    return dtype != np.bool_ and np.dtype(dtype).itemsize * 8 == _num_bits(dtype)
+
+
+def _pack(values: jax.Array, indices: jax.Array) -> jax.Array:
+    """The bits of both, `[*batch, m]` each, in one array `[*batch, units]` of unsigned integers."""
+    unit = min(values.dtype.itemsize, indices.dtype.itemsize)
+    return jnp.concatenate([_to_units(values, unit), _to_units(indices, unit)], axis=-1)
+
+
+def _unpack(
+    packed: jax.Array, values: jax.Array, indices: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """The inverse of `_pack`, with types and last axis as those of `values` and `indices`."""
+    num_units = values.shape[-1] * values.dtype.itemsize // packed.dtype.itemsize
+    return (
+        _from_units(packed[..., :num_units], values.dtype),
+        _from_units(packed[..., num_units:], indices.dtype),
+    )
 
 
 def _num_bits(dtype: Any) -> int:

@@ -40,7 +40,7 @@ PACKAGE = ("cuda", "cpu", "xla")
 IMPLEMENTATIONS = (*PACKAGE, "lax", "torch", "flashinfer")
 FLOORS = ("floor_empty", "floor_read", "dependency_floor")
 
-SHARDED = ("sharded", "gathered", "one_device", "exchange", "all_gather")
+SHARDED = ("sharded", "gathered", "one_device", "merge", "exchange", "all_gather")
 """Implementations of the suite over several devices; `sharded.py` defines them."""
 SHARDED_ROWS = (1, 8, 32)
 SHARDED_WIDTHS = (1 << 20, 1 << 23)

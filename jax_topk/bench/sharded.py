@@ -3,12 +3,13 @@
     sharded     `sharded_top_k`: local selection, exchange of candidates, selection
     gathered    `jax.lax.top_k` on the sharded array under jit: XLA gathers the rows first
     one_device  this package's `top_k` on one device that holds the whole rows
-    exchange    the exchange alone, as `sharded_top_k` makes it: this device's k values and indices
-                in, those of all devices out
+    merge       what `sharded_top_k` does after the local selection: exchange, unpacking, selection
+    exchange    the exchange alone: this device's k values and indices in, those of all devices in
+                its memory; unpacking them is fused into whatever prepares the selection
     all_gather  the floor of the exchange: an all-gather of as many bytes, already in one array
 
-The last two do not depend on the width and are measured once per number of rows. Their ratio is
-what packing and unpacking cost; the project's bound for it is `EXCHANGE_RATIO`.
+The last three do not depend on the width and are measured once per number of rows.
+`sharded_tables.EXCHANGE_RATIO` bounds the ratio of the last two.
 
 On a machine without several GPUs the devices are simulated (`request_devices`). They share the
 processors and the memory of one machine: such a run shows that the programs are right, and their
@@ -43,15 +44,18 @@ CHAIN_STEPS = {
     "sharded": (4, 16),
     "gathered": (1, 3),
     "one_device": (4, 16),
+    "merge": (8, 40),
     "exchange": (8, 40),
     "all_gather": (8, 40),
 }
 """Steps of the short and the long chain (see `timing.py`)."""
 
-MAX_SIMULATED_BYTES = 4 << 30
+MAX_SIMULATED_BYTES = 1 << 30
 """Simulated devices share one memory, and each of them holds what is gathered: a gather that would
 leave more than this there is not measured."""
 
+_NO_WORD = -0x5EED
+"""As int32 no index, and neither as uint16: what no exchanged word of an index holds."""
 _IMPOSSIBLE_WORD = 0xDEAD
 
 
@@ -112,23 +116,52 @@ def find_candidates(mesh: jax.sharding.Mesh, operand: Array, k: int) -> tuple[Ar
 def exchange_function(mesh: jax.sharding.Mesh, steps: int) -> Callable[[Array, Array], Any]:
     """`steps` exchanges of candidates, each depending on the one before, jitted.
 
-    The next step's candidates are those of this one, unless a gathered index is impossibly low:
-    equal at run time, unknown to the compiler. The barrier keeps XLA from reading the packed array
-    where the unpacked ones are wanted.
+    The next step's candidates are those of this one, unless a gathered word holds an impossible
+    value: equal at run time, unknown to the compiler.
+
+    Returns:
+        A function of values and indices as `find_candidates` makes them; its results are twice the
+        packed candidates of all devices, `[D, rows, words]`.
     """
 
     def chain(values: Array, indices: Array) -> tuple[Array, Array]:
         for _ in range(steps):
-            gathered = sharding._gather_candidates(values, indices, AXIS)
-            all_values, all_indices = implementations._barrier(gathered)
-            is_changed = all_indices[:, :1] < IMPOSSIBLE
-            values = jnp.where(is_changed, all_values[:, :1], values)
-            indices = jnp.where(is_changed, all_indices[:, :1], indices)
-        return all_values, all_indices
+            packed = sharding._pack(values, indices)
+            gathered = sharding._all_gather(packed, AXIS, stacked=True)
+            last = implementations._barrier(gathered)[0, :, -1:].astype(jnp.int32)
+            indices = jnp.where(last == _NO_WORD, last, indices)
+        return gathered, gathered
 
+    return _mapped(mesh, chain)
+
+
+@functools.cache
+def merge_function(mesh: jax.sharding.Mesh, k: int, steps: int) -> Callable[[Array, Array], Any]:
+    """`steps` times what follows the local selection, chained as `exchange_function`, jitted."""
+
+    def chain(values: Array, indices: Array) -> tuple[Array, Array]:
+        for _ in range(steps):
+            best, found = sharding._exchange(
+                values,
+                indices,
+                k,
+                (AXIS,),
+                may_hold_padding=False,
+                mode="largest",
+                implementation=None,
+            )
+            first = implementations._barrier(found)[:, :1]
+            indices = jnp.where(first < IMPOSSIBLE, first, indices)
+        return best, found
+
+    return _mapped(mesh, chain)
+
+
+def _mapped(mesh: jax.sharding.Mesh, function: Callable[..., Any]) -> Callable[..., Any]:
+    """A function of every device's candidates with replicated results, jitted over the mesh."""
     rows = jax.P(None, AXIS)
     return jax.jit(
-        jax.shard_map(chain, mesh=mesh, in_specs=(rows, rows), out_specs=(jax.P(), jax.P()))
+        jax.shard_map(function, mesh=mesh, in_specs=(rows, rows), out_specs=(jax.P(), jax.P()))
     )
 
 
@@ -154,6 +187,19 @@ def make_words(mesh: jax.sharding.Mesh, rows: int, k: int, dtype: str) -> Array:
     words = np.arange(count).astype(f"uint{8 * unit}")
     words[words == _IMPOSSIBLE_WORD] = 0
     return jax.device_put(words, jax.NamedSharding(mesh, jax.P(AXIS)))
+
+
+def packed_on_host(values: Array, indices: Array, devices: int) -> np.ndarray:
+    """What the exchange of these candidates leaves on every device, put together by NumPy."""
+    host = [np.asarray(part) for part in (values, indices)]
+    word = np.dtype(f"uint{8 * min(part.dtype.itemsize for part in host)}")
+    blocks = zip(*(np.split(part, devices, axis=-1) for part in host), strict=True)
+    return np.stack(
+        [
+            np.concatenate([np.ascontiguousarray(p).view(word) for p in block], axis=-1)
+            for block in blocks
+        ]
+    )
 
 
 # --- measuring ------------------------------------------------------------------------------------
@@ -244,17 +290,30 @@ class ShardedRunner(Runner):
                     calls[f"{name}/{index}"] = _waiting(chain, 0, operand, counts)
 
         def verify(name: str, before: Any, after: Any) -> str:
-            results = []
-            for result in (before, after):
-                values, indices = _result(result)
-                results.append((np.asarray(values), np.asarray(indices), 0))
-            return self._verify_all(case, batch, name, results)
+            return self._verify_selections(case, batch, name, before, after)
 
-        return self._sample(case, metric, names, calls, verify)
+        # What gathers takes its turns alone: on a CPU it takes and returns so much memory that the
+        # calls after it pay for it.
+        records = []
+        for group in (["gathered"], ["sharded", "one_device"]):
+            wanted = [name for name in names if name in group]
+            own = {call: f for call, f in calls.items() if call.partition("/")[0] in wanted}
+            if wanted:
+                records += self._sample(case, metric, wanted, own, verify)
+        return records
+
+    def _verify_selections(
+        self, case: Case, batch: Batch, name: str, before: Any, after: Any
+    ) -> str:
+        results = []
+        for result in (before, after):
+            values, indices = _result(result)
+            results.append((np.asarray(values), np.asarray(indices), 0))
+        return self._verify_all(case, batch, name, results)
 
     def _move(self, case: Case, batch: Batch, metric: str, names: Sequence[str]) -> list[Record]:
         """The exchange and its floor."""
-        names = [name for name in names if name in ("exchange", "all_gather")]
+        names = [name for name in names if name in ("merge", "exchange", "all_gather")]
         if not names:
             return []
         mesh = self._mesh
@@ -265,21 +324,24 @@ class ShardedRunner(Runner):
             counts = (1,) if metric == CALL else CHAIN_STEPS[name]
             for index, steps in enumerate(counts):
                 call = f"{name}/{index}" if metric == JIT else name
-                if name == "exchange":
-                    calls[call] = _waiting(exchange_function(mesh, steps), 0, *candidates)
-                else:
+                if name == "all_gather":
                     calls[call] = _waiting(all_gather_function(mesh, steps), 0, words)
+                elif name == "merge":
+                    calls[call] = _waiting(merge_function(mesh, case.k, steps), 0, *candidates)
+                else:
+                    calls[call] = _waiting(exchange_function(mesh, steps), 0, *candidates)
         sent = {
-            "exchange": [np.asarray(part) for part in candidates],
-            "all_gather": [np.asarray(words)] * 2,
+            "exchange": packed_on_host(*candidates, mesh.size),
+            "all_gather": np.asarray(words),
         }
 
         def verify(name: str, before: Any, after: Any) -> str:
+            if name == "merge":
+                return self._verify_selections(case, batch, name, before, after)
             for moment, result in (("before", before), ("after", after)):
-                for arrived, wanted in zip(result, sent[name], strict=True):
-                    if np.asarray(arrived).tobytes() != wanted.tobytes():
-                        self._say(f"WRONG {moment} timing: {name} on {case}: other bits arrived")
-                        return f"WRONG{case.rows}"
+                if np.asarray(result[0]).tobytes() != sent[name].tobytes():
+                    self._say(f"WRONG {moment} timing: {name} on {case}: other bits arrived")
+                    return f"WRONG{case.rows}"
             return "equal"
 
         return self._sample(case, metric, names, calls, verify)

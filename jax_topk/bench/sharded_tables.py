@@ -49,13 +49,13 @@ def _size(num_bytes: float) -> str:
 def cells_of(records: Iterable[Record]) -> dict[tuple[str, int, int], Cell]:
     """(metric, rows, width) -> implementation -> record.
 
-    The exchange and its floor are measured once per number of rows, and shown at every width.
+    Merge, exchange and floor are measured once per number of rows, and shown at every width.
     """
     cells: dict[tuple[str, int, int], Cell] = {}
     moved: dict[tuple[str, int], Cell] = {}
     for record in records:
         if record.devices > 1:
-            if record.implementation in ("exchange", "all_gather"):
+            if record.implementation in ("merge", "exchange", "all_gather"):
                 where = moved.setdefault((record.metric, record.rows), {})
             else:
                 where = cells.setdefault((record.metric, record.rows, record.width), {})
@@ -75,7 +75,7 @@ def exchange_ratio(cell: Cell) -> float | None:
 
 
 HEADING = (
-    *("rows", "row", "sharded_top_k", "lax.top_k, gathers", "one device"),
+    *("rows", "row", "lax.top_k, gathers", "one device", "sharded_top_k", "of it: merge"),
     *("exchange", "all-gather", "ratio"),
 )
 
@@ -86,7 +86,7 @@ def _lines(cells: dict[tuple[str, int, int], Cell], metric: str) -> list[list[st
         if of != metric:
             continue
         line = [str(rows), f"{width:,}" if width else ""]
-        for name in ("sharded", "gathered", "one_device", "exchange", "all_gather"):
+        for name in ("gathered", "one_device", "sharded", "merge", "exchange", "all_gather"):
             record = cell.get(name)
             wrong = f" {record.verified}" if record and record.is_wrong else ""
             line.append(_time(record.us) + wrong if record else "")
