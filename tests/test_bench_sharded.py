@@ -18,7 +18,7 @@ import pytest
 import jax_topk
 from jax_topk import sharding
 from jax_topk.bench import __main__ as command
-from jax_topk.bench import cases, exchange_model, results, sharded, sharded_tables
+from jax_topk.bench import cases, exchange_model, processes, results, sharded, sharded_tables
 from jax_topk.bench.exchange_model import H100, exchange, gather_of_rows
 from jax_topk.bench.results import Record, Results
 
@@ -220,6 +220,9 @@ def test_the_suite_is_the_documented_one():
         ([*SMALL, "--metric", "graph_chain_us"], "--suite sharded takes neither"),
         ([*SMALL, "--plan", "path=exact"], "--suite sharded takes neither"),
         ([*SMALL, "--output", "indices"], "puts out values_sorted"),
+        (["--processes", "2"], "--processes is for measuring --suite sharded"),
+        ([*SMALL, "--processes", "3"], "--processes 3 does not divide --devices 8"),
+        ([*SMALL, "--processes", "2", "--budget", "9"], "--budget would stop the processes"),
         ([*SMALL, "--width", "8192"], "exceeds the 1024 elements that each of 8 devices holds"),
     ],
 )
@@ -243,6 +246,39 @@ def test_the_command_simulates_devices():
     )
     assert result.returncode == 0, result.stderr
     assert "rows over 4 devices" in result.stdout
+
+
+def test_two_processes(tmp_path):
+    """Each holds two of four devices; every result is proven in both."""
+    path = tmp_path / "two.json"
+    result = subprocess.run(
+        [sys.executable, "-m", "jax_topk.bench", "--suite", "sharded", "--devices", "4"]
+        + ["--processes", "2", "--rows", "2", "--width", "1024", "--k", "8", "--quick"]
+        + ["--json", str(path)],
+        cwd=ROOT,
+        env={**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""},
+        capture_output=True,
+        text=True,
+        timeout=200,
+    )
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.count("rows over 4 devices") == 1  # rank 0 alone prints
+    found = results.load(path)
+    assert found.header["processes"] == 2
+    assert {record.implementation for record in found.records} == set(cases.SHARDED)
+    assert not any(record.is_wrong for record in found.records)
+
+
+def test_a_process_that_fails_ends_the_others(monkeypatch, capfd):
+    """Rank 1 says why, and rank 0, which would wait for it, is ended."""
+    codes = ["import time; time.sleep(100)", "import sys; sys.exit('there is no memory')"]
+    monkeypatch.setattr(
+        processes,
+        "_command",
+        lambda arguments, coordinator, rank: [sys.executable, "-c", codes[rank]],
+    )
+    assert processes.launch(["--processes", "2"], 2) == 1
+    assert "there is no memory" in capfd.readouterr().err
 
 
 # --- tables ---------------------------------------------------------------------------------------

@@ -12,6 +12,7 @@ measured on it, and every result is proven right before and after it is timed.
     timing.py           interleaved samples, slopes of chains, quantiles
     runner.py           measures blocks cell by cell, with progress
     sharded.py          one row over several devices, and what else one could do
+    processes.py        the same in several processes
     exchange_model.py   on paper: the exchange of candidates over 8 to 512 devices
     sharded_tables.py   text tables of both, and those of docs/sharding.md
     results.py          records, header, JSON

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import fields, replace
 from typing import TypeVar
 
-from . import cases, compare, goals, peers, plot, results, sharded_tables, tables
+from . import cases, compare, goals, peers, plot, processes, results, sharded_tables, tables
 from .cases import Block
 from .results import Record, Results
 
@@ -94,6 +94,16 @@ def build_parser() -> argparse.ArgumentParser:
         help="devices of --suite sharded (default: all GPUs; 8 on a CPU, which simulates them: "
         "they share its processors, so the figures show correctness and volume, not speed)",
     )
+    what.add_argument(
+        "--processes",
+        type=int,
+        default=1,
+        metavar="N",
+        help="processes that the simulated devices of --suite sharded are dealt to (1); they are "
+        "joined by jax.distributed on this machine",
+    )
+    what.add_argument("--rank", type=int, help=argparse.SUPPRESS)
+    what.add_argument("--coordinator", help=argparse.SUPPRESS)
     what.add_argument(
         "--rows",
         type=_list_of(lambda text: cases.parse_numbers(text, "--rows")),
@@ -316,6 +326,21 @@ def _check_suite(suite: str, blocks: Sequence[Block]) -> None:
             )
 
 
+def _check_processes(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
+    """Ends the command with a sentence where the work cannot be dealt to processes."""
+    devices = options.devices or SIMULATED_DEVICES
+    if options.suite != "sharded" or options.source:
+        parser.error("--processes is for measuring --suite sharded")
+    if options.processes < 1 or devices % options.processes:
+        parser.error(
+            f"--processes {options.processes} does not divide --devices {devices}; pass a divisor"
+        )
+    if options.budget is not None:
+        parser.error("--budget would stop the processes at different cells; leave it out")
+    if os.environ.get("JAX_PLATFORMS") != "cpu":
+        parser.error("--processes deals out simulated devices; set JAX_PLATFORMS=cpu")
+
+
 def _platform() -> tuple[str, str]:
     """(`"gpu"` or `"cpu"`, name of the device)."""
     import jax
@@ -336,7 +361,17 @@ def _default_devices(platform: str) -> int:
     return jax.device_count() if platform == "gpu" else SIMULATED_DEVICES
 
 
-SAME_RUN_FIELDS = ("target", "devices", "gpu", "driver", "jax", "jaxlib", "commit", "dirty")
+SAME_RUN_FIELDS = (
+    "target",
+    "devices",
+    "processes",
+    "gpu",
+    "driver",
+    "jax",
+    "jaxlib",
+    "commit",
+    "dirty",
+)
 
 
 def _older(options: argparse.Namespace, header: dict[str, object]) -> list[Record]:
@@ -364,7 +399,9 @@ def measure(options: argparse.Namespace) -> Results:
     if is_sharded:
         from . import sharded
 
-        sharded.request_devices(options.devices or SIMULATED_DEVICES)
+        sharded.request_devices((options.devices or SIMULATED_DEVICES) // options.processes)
+        if options.rank is not None:
+            processes.join(options.coordinator, options.processes, options.rank)
     elif options.devices is not None:
         raise ValueError("--devices is for --suite sharded; the other suites measure one device")
     platform, device = _platform()
@@ -378,7 +415,7 @@ def measure(options: argparse.Namespace) -> Results:
     named = {field.name: getattr(settings, field.name) for field in fields(settings)}
     header = results.make_header(platform, device, named, options.commit)
     if is_sharded:
-        header |= results.sharded_fields(platform, options.devices)
+        header |= results.sharded_fields(platform, options.devices, options.processes)
     done = Results(header, _older(options, header))
     if platform == "cpu" and is_sharded:
         print(f"The {options.devices} devices are simulated by one CPU.", file=sys.stderr)
@@ -424,6 +461,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.error("--launches and --replays must be at least 1")
     if options.devices is not None and options.devices < 2:
         parser.error(f"--devices {options.devices} spreads nothing; pass 2 or more")
+    if options.processes != 1:
+        _check_processes(parser, options)
+        if options.rank is None:
+            given = sys.argv[1:] if arguments is None else arguments
+            return processes.launch(given, options.processes)
+        if options.rank > 0:
+            options.json = options.plot = None  # rank 0 writes the files
     if options.append and not options.json:
         parser.error("--append adds to a file; name it with --json FILE")
     if options.source and options.json:

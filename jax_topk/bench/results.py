@@ -260,20 +260,22 @@ def make_header(
     }
 
 
-def sharded_fields(platform: str, devices: int) -> dict[str, Any]:
+def sharded_fields(platform: str, devices: int, processes: int) -> dict[str, Any]:
     """What the header of the suite over several devices says besides.
 
     Args:
         platform: `"gpu"` or `"cpu"`.
         devices: number of devices.
+        processes: that they belong to.
 
     Returns:
-        `target`, of its own since one device's tables and plots do not apply; `devices`; `links`,
-        what nvidia-smi says of the links between GPUs.
+        `target`, of its own since one device's tables and plots do not apply; `devices` and
+        `processes`; `links`, what nvidia-smi says of the links between GPUs.
     """
     links = _output_of(("nvidia-smi", "topo", "-m")) if platform == "gpu" else None
     return {
         "target": f"sharded-{platform}",
         "devices": devices,
+        "processes": processes,
         "links": re.sub(r"\x1b\[[0-9;]*m", "", links).splitlines() if links else None,
     }

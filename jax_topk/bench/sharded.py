@@ -11,6 +11,9 @@
 The last three do not depend on the width and are measured once per number of rows.
 `sharded_tables.EXCHANGE_RATIO` bounds the ratio of the last two.
 
+The devices may belong to several processes (`processes.py`), each of which then runs all of this in
+step with the others.
+
 On a machine without several GPUs the devices are simulated (`request_devices`). They share the
 processors and the memory of one machine: such a run shows that the programs are right, and their
 volume, and says nothing about the speed of several devices.
@@ -27,6 +30,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
+from jax.experimental import multihost_utils
 
 from jax_topk import sharding, top_k
 
@@ -35,7 +39,7 @@ from .cases import CALL, JIT, SHARDED, Block, Case
 from .implementations import IMPOSSIBLE, Selector, wait
 from .results import Record
 from .runner import Batch, Runner, Settings, _result, _waiting
-from .timing import Stats, interleave, slopes
+from .timing import MAX_REPEATS, Stats, interleave, slopes
 
 AXIS = "devices"
 """Name of the mesh axis over which the rows are spread."""
@@ -98,6 +102,20 @@ def spread_selector(mesh: jax.sharding.Mesh, k: int) -> Selector:
         return mapped(operand, lengths)
 
     return select
+
+
+@functools.cache
+def gathering_selector(mesh: jax.sharding.Mesh, k: int, output: str) -> Selector:
+    """`jax.lax.top_k` on rows that are spread over a mesh, with the result on every device."""
+    select = implementations.selector("lax", k, output)
+    everywhere = jax.NamedSharding(mesh, jax.P())
+
+    def everywhere_select(operand: Array, lengths: Array | None) -> tuple[Array | None, Array]:
+        values, indices = select(operand, lengths)
+        found: tuple[Array, Array] = lax.with_sharding_constraint((values, indices), everywhere)
+        return found
+
+    return everywhere_select
 
 
 def find_candidates(mesh: jax.sharding.Mesh, operand: Array, k: int) -> tuple[Array, Array]:
@@ -186,12 +204,28 @@ def make_words(mesh: jax.sharding.Mesh, rows: int, k: int, dtype: str) -> Array:
     count = mesh.size * rows * k * (itemsize + 4) // unit
     words = np.arange(count).astype(f"uint{8 * unit}")
     words[words == _IMPOSSIBLE_WORD] = 0
-    return jax.device_put(words, jax.NamedSharding(mesh, jax.P(AXIS)))
+    return place(words, mesh, jax.P(AXIS))
+
+
+def place(x: Any, mesh: jax.sharding.Mesh, spec: Any) -> Array:
+    """Puts an array that every process has onto a mesh that may span several processes."""
+    sharding = jax.NamedSharding(mesh, spec)
+    if jax.process_count() == 1:
+        return wait(jax.device_put(x, sharding))
+    host = np.asarray(x)
+    return wait(jax.make_array_from_callback(host.shape, sharding, lambda index: host[index]))
+
+
+def to_host(x: Array) -> np.ndarray:
+    """The whole of an array, whichever processes hold its parts; all of them must ask."""
+    if x.is_fully_addressable or x.is_fully_replicated:
+        return np.asarray(x)
+    return np.asarray(multihost_utils.process_allgather(x, tiled=True))
 
 
 def packed_on_host(values: Array, indices: Array, devices: int) -> np.ndarray:
     """What the exchange of these candidates leaves on every device, put together by NumPy."""
-    host = [np.asarray(part) for part in (values, indices)]
+    host = [to_host(part) for part in (values, indices)]
     word = np.dtype(f"uint{8 * min(part.dtype.itemsize for part in host)}")
     blocks = zip(*(np.split(part, devices, axis=-1) for part in host), strict=True)
     return np.stack(
@@ -249,15 +283,14 @@ class ShardedRunner(Runner):
         return records
 
     def _spread(self, case: Case, batch: Batch) -> Array:
-        place = jax.NamedSharding(self._mesh, jax.P(None, AXIS))
-        return wait(jax.device_put(batch.rows(case.rows), place))
+        return place(batch.rows(case.rows), self._mesh, jax.P(None, AXIS))
 
     def _select(self, case: Case, batch: Batch, metric: str, names: Sequence[str]) -> list[Record]:
         """The three ways to the k best of a row."""
         whole = batch.rows(case.rows)
         spread = self._spread(case, batch)
         lengths = wait(batch.lengths(case)[1][: case.rows])
-        everywhere = jax.device_put(lengths, jax.NamedSharding(self._mesh, jax.P()))
+        everywhere = place(lengths, self._mesh, jax.P())
         native = "cuda" if self.platform == "gpu" else "cpu"
         ways: dict[str, tuple[Selector, Array, Array]] = {
             "sharded": (spread_selector(self._mesh, case.k), spread, everywhere),
@@ -332,7 +365,7 @@ class ShardedRunner(Runner):
                     calls[call] = _waiting(exchange_function(mesh, steps), 0, *candidates)
         sent = {
             "exchange": packed_on_host(*candidates, mesh.size),
-            "all_gather": np.asarray(words),
+            "all_gather": to_host(words),
         }
 
         def verify(name: str, before: Any, after: Any) -> str:
@@ -358,11 +391,14 @@ class ShardedRunner(Runner):
         checked = {name: f"{name}/1" if metric == JIT else name for name in names}
         before = {name: calls[call]() for name, call in checked.items()}
         before = {name: jax.tree.map(np.asarray, result) for name, result in before.items()}
+        is_alone = jax.process_count() == 1  # else a clock must not decide how often to call
+        rounds = self.settings.max_rounds if is_alone else self.settings.min_rounds
         samples = interleave(
             calls,
             budget_s=self.settings.budget_s * len(calls),
             min_rounds=self.settings.min_rounds,
-            max_rounds=self.settings.max_rounds,
+            max_rounds=rounds,
+            max_repeats=MAX_REPEATS if is_alone else 1,
         )
         records = []
         for name in names:

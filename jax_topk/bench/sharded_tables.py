@@ -149,6 +149,8 @@ def render_measured(found: Sequence[Results]) -> str:
             title = f"{header.get('devices')} × {header.get('gpu')}"
         else:
             title = f"{header.get('devices')} simulated devices on {header.get('cpus')} processors"
+            if header.get("processes", 1) > 1:
+                title += f", in {header.get('processes')} processes"
         lines += [
             f"### {title}",
             "",
