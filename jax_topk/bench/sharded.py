@@ -58,6 +58,9 @@ MAX_SIMULATED_BYTES = 1 << 30
 """Simulated devices share one memory, and each of them holds what is gathered: a gather that would
 leave more than this there is not measured."""
 
+ROUNDS_TOGETHER = 11
+"""Samples that each of several processes takes."""
+
 _NO_WORD = -0x5EED
 """As int32 no index, and neither as uint16: what no exchanged word of an index holds."""
 _IMPOSSIBLE_WORD = 0xDEAD
@@ -391,13 +394,13 @@ class ShardedRunner(Runner):
         checked = {name: f"{name}/1" if metric == JIT else name for name in names}
         before = {name: calls[call]() for name, call in checked.items()}
         before = {name: jax.tree.map(np.asarray, result) for name, result in before.items()}
-        is_alone = jax.process_count() == 1  # else a clock must not decide how often to call
-        rounds = self.settings.max_rounds if is_alone else self.settings.min_rounds
+        settings, is_alone = self.settings, jax.process_count() == 1
         samples = interleave(
             calls,
-            budget_s=self.settings.budget_s * len(calls),
-            min_rounds=self.settings.min_rounds,
-            max_rounds=rounds,
+            budget_s=settings.budget_s * len(calls),
+            # Several processes call equally often, whatever their clocks say.
+            min_rounds=settings.min_rounds if is_alone else ROUNDS_TOGETHER,
+            max_rounds=settings.max_rounds if is_alone else ROUNDS_TOGETHER,
             max_repeats=MAX_REPEATS if is_alone else 1,
         )
         records = []
