@@ -128,7 +128,7 @@ def test_a_run_over_simulated_devices(tmp_path, capsys):
     assert command.main([*arguments, "--json", str(path)]) == 0
     printed = capsys.readouterr()
     assert "rows over 8 devices, single calls from Python" in printed.out
-    assert "The exchange costs" in printed.out
+    assert "The devices are simulated, so the exchange is not judged." in printed.out
     assert "simulated by one CPU" in printed.err
     data = json.loads(path.read_text())
     assert data["header"]["target"] == "sharded-cpu"
@@ -220,6 +220,7 @@ def test_the_suite_is_the_documented_one():
         ([*SMALL, "--metric", "graph_chain_us"], "--suite sharded takes neither"),
         ([*SMALL, "--plan", "path=exact"], "--suite sharded takes neither"),
         ([*SMALL, "--output", "indices"], "puts out values_sorted"),
+        ([*SMALL, "--rank", "0"], "--rank and --coordinator go together"),
         (["--processes", "2"], "--processes is for measuring --suite sharded"),
         ([*SMALL, "--processes", "3"], "--processes 3 does not divide --devices 8"),
         ([*SMALL, "--processes", "2", "--budget", "9"], "--budget would stop the processes"),
@@ -304,6 +305,17 @@ def test_the_page_reports_what_is_wrong_and_what_is_missing():
     gpu = {**header, "target": "sharded-gpu", "gpu": "NVIDIA H100"}
     text = sharded_tables.render_measured([Results(gpu, [record("sharded", 30)])])
     assert text.startswith("### 2 × NVIDIA H100")
+
+
+def test_a_run_on_gpus_is_judged():
+    header = {"target": "sharded-gpu", "devices": 2, "gpu": "NVIDIA H100"}
+    records = [record("sharded", 30), record("exchange", 11), record("all_gather", 10)]
+    lines = []
+    sharded_tables.print_tables(Results(header, records), lines.append)
+    assert lines[2].split()[-1] == "ratio"
+    assert lines[4].split()[-1] == "1.10"
+    assert "within the bound of 1.2" in lines[-1]
+    assert "1.10 |" in sharded_tables.render_measured([Results(header, records)])
 
 
 def test_the_page_says_what_the_results_and_the_model_say(tmp_path, capsys):

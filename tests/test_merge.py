@@ -250,6 +250,15 @@ def test_the_volume_of_the_exchange(mesh_of, layout, sizes, dtype):
     assert " sort(" not in text
 
 
+def test_types_without_an_integer_of_their_size_take_two_collectives(mesh_of):
+    layout = LAYOUTS["one axis"]
+    x = jax.ShapeDtypeStruct((3, 800), np.bool_)
+    counts = jax.ShapeDtypeStruct((3,), jnp.int32)
+    text = sharded(mesh_of(*layout[:2]), layout, 10).lower(x, counts, counts).compile().as_text()
+    assert hlo.collectives(text) == ["all-gather"] * 2
+    assert sum(hlo.all_gather_bytes(text)) == 8 * 3 * 10 * hlo.bytes_per_candidate(np.bool_)
+
+
 @pytest.mark.parametrize("k", [1, 6])
 def test_the_volume_of_a_merge(mesh_of, k):
     """A merge sends each device's candidates once, and at most k of them from stage to stage."""

@@ -102,8 +102,17 @@ def build_parser() -> argparse.ArgumentParser:
         help="processes that the simulated devices of --suite sharded are dealt to (1); they are "
         "joined by jax.distributed on this machine",
     )
-    what.add_argument("--rank", type=int, help=argparse.SUPPRESS)
-    what.add_argument("--coordinator", help=argparse.SUPPRESS)
+    what.add_argument(
+        "--rank",
+        type=int,
+        metavar="R",
+        help="which of the processes this is; --processes sets it for those that it starts",
+    )
+    what.add_argument(
+        "--coordinator",
+        metavar="HOST:PORT",
+        help="where rank 0 listens; --processes sets it too",
+    )
     what.add_argument(
         "--rows",
         type=_list_of(lambda text: cases.parse_numbers(text, "--rows")),
@@ -331,7 +340,9 @@ def _check_processes(parser: argparse.ArgumentParser, options: argparse.Namespac
     devices = options.devices or SIMULATED_DEVICES
     if options.suite != "sharded" or options.source:
         parser.error("--processes is for measuring --suite sharded")
-    if options.processes < 1 or devices % options.processes:
+    if (options.rank is None) != (options.coordinator is None):
+        parser.error("--rank and --coordinator go together; leave both to --processes")
+    if options.processes < 2 or devices % options.processes:
         parser.error(
             f"--processes {options.processes} does not divide --devices {devices}; pass a divisor"
         )
@@ -461,7 +472,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.error("--launches and --replays must be at least 1")
     if options.devices is not None and options.devices < 2:
         parser.error(f"--devices {options.devices} spreads nothing; pass 2 or more")
-    if options.processes != 1:
+    if options.processes != 1 or options.rank is not None or options.coordinator is not None:
         _check_processes(parser, options)
         if options.rank is None:
             given = sys.argv[1:] if arguments is None else arguments
@@ -490,7 +501,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         f"{header.get('date')}"
     )
     tables.print_tables([record for record in found.records if record.devices == 1])
-    sharded_tables.print_tables(found.records)
+    sharded_tables.print_tables(found)
     if times is not None:
         peers.print_duels(found.records, times)
     if options.goals:

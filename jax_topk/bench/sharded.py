@@ -48,9 +48,9 @@ CHAIN_STEPS = {
     "sharded": (4, 16),
     "gathered": (1, 3),
     "one_device": (4, 16),
-    "merge": (8, 40),
-    "exchange": (8, 40),
-    "all_gather": (8, 40),
+    "merge": (4, 16),
+    "exchange": (4, 24),
+    "all_gather": (4, 24),
 }
 """Steps of the short and the long chain (see `timing.py`)."""
 

@@ -11,8 +11,9 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from . import exchange_model, results
 from .cases import CALL, JIT
@@ -80,8 +81,11 @@ HEADING = (
 )
 
 
-def _lines(cells: dict[tuple[str, int, int], Cell], metric: str) -> list[list[str]]:
-    lines = []
+def _lines(
+    cells: dict[tuple[str, int, int], Cell], metric: str, is_simulated: bool
+) -> list[list[str]]:
+    """Heading and lines; without the ratio where devices are simulated, since it would be noise."""
+    lines = [list(HEADING)]
     for (of, rows, width), cell in cells.items():
         if of != metric:
             continue
@@ -92,11 +96,15 @@ def _lines(cells: dict[tuple[str, int, int], Cell], metric: str) -> list[list[st
             line.append(_time(record.us) + wrong if record else "")
         ratio = exchange_ratio(cell)
         lines.append([*line, "" if ratio is None else f"{ratio:.2f}"])
-    return lines
+    if len(lines) == 1:
+        return []
+    return [line[:-1] for line in lines] if is_simulated else lines
 
 
-def verdict(cells: dict[tuple[str, int, int], Cell]) -> str:
+def verdict(cells: dict[tuple[str, int, int], Cell], is_simulated: bool = False) -> str:
     """One sentence: whether the exchange keeps to its bound."""
+    if is_simulated:
+        return "The devices are simulated, so the exchange is not judged."
     ratios = [ratio for cell in cells.values() if (ratio := exchange_ratio(cell)) is not None]
     if not ratios:
         return "The exchange and its all-gather alone were not both measured."
@@ -107,24 +115,29 @@ def verdict(cells: dict[tuple[str, int, int], Cell]) -> str:
     )
 
 
-def print_tables(records: Sequence[Record], say: Callable[[str], None] = print) -> None:
+def is_simulated(header: Mapping[str, Any]) -> bool:
+    """Whether the devices of a run share one machine's processors."""
+    return header.get("target") != "sharded-gpu"
+
+
+def print_tables(found: Results, say: Callable[[str], None] = print) -> None:
     """Prints one table per metric; nothing if no record is of several devices.
 
     Args:
-        records: of one run.
+        found: of one run.
         say: prints a line.
     """
-    cells = cells_of(records)
+    cells = cells_of(found.records)
     for metric in METRICS:
-        lines = _lines(cells, metric)
+        lines = _lines(cells, metric, is_simulated(found.header))
         if lines:
-            devices = next(record.devices for record in records if record.devices > 1)
+            devices = next(record.devices for record in found.records if record.devices > 1)
             say("")
             say(f"rows over {devices} devices, {METRICS[metric]}")
-            for line in align([list(HEADING), *lines]):
+            for line in align(lines):
                 say(line)
     if cells:
-        say(verdict(cells))
+        say(verdict(cells, is_simulated(found.header)))
 
 
 # --- docs/sharding.md -----------------------------------------------------------------------------
@@ -159,8 +172,13 @@ def render_measured(found: Sequence[Results]) -> str:
             "",
         ]
         for metric, title in METRICS.items():
-            if rows := _lines(cells, metric):
-                lines += [f"{title[0].upper()}{title[1:]}:", "", *_markdown(HEADING, rows), ""]
+            if table := _lines(cells, metric, one in cpus):
+                lines += [
+                    f"{title[0].upper()}{title[1:]}:",
+                    "",
+                    *_markdown(table[0], table[1:]),
+                    "",
+                ]
         lines += [verdict(cells), ""] if one in gpus else []
     return "\n".join(lines).rstrip("\n")
 
