@@ -379,11 +379,12 @@ def _all_gather(x: jax.Array, axis: Hashable, *, stacked: bool = False) -> jax.A
         # Nothing changes under check_vma=False, where no type varies.
         x = lax.pcast(x, (axis,), to="varying")
     is_typed = axis in jax.typeof(x).mat.varying
+    # An axis made here, not by tiled=False: that one loses the sharding of an explicit batch axis.
     gathered: jax.Array = lax.all_gather(
-        x,
+        x[None] if stacked else x,
         axis,
         axis=0 if stacked else x.ndim - 1,
-        tiled=not stacked,
+        tiled=True,
         to="invarying" if is_typed else "varying",
     )
     return gathered

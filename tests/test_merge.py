@@ -219,6 +219,31 @@ def test_explicit_mode(mesh_of):
         expect(results, x, 11, starts, lengths)
 
 
+@pytest.mark.parametrize("kind", [jax.sharding.AxisType.Auto, jax.sharding.AxisType.Explicit])
+def test_a_batch_axis_that_is_not_manual(mesh_of, kind):
+    """shard_map over the row's axis alone; the rows are spread over another one all the same."""
+    layout = LAYOUTS["with a batch axis"]
+    mesh = mesh_of(*layout[:2], kind)
+    x, starts, lengths = rows_and_windows(64)
+    row_spec, batch_spec = specs_of(layout)
+    with jax.set_mesh(mesh):
+        placed = [
+            jax.device_put(a, jax.NamedSharding(mesh, spec))
+            for a, spec in ((x, row_spec), (lengths, batch_spec), (starts, batch_spec))
+        ]
+        select = jax.shard_map(
+            lambda block, lengths, starts: jax_topk.sharded_top_k(
+                block, 11, axis_name="s", lengths=lengths, row_starts=starts
+            ),
+            in_specs=(jax.P(None, "s"), jax.P(), jax.P()),
+            out_specs=jax.P(),
+            axis_names={"s"},
+        )
+        results = jax.jit(select)(*placed)
+        expect(results, x, 11, starts, lengths)
+        assert results[0].sharding.spec[0] == "r"
+
+
 def test_one_compilation_serves_all_lengths(mesh_of):
     layout = LAYOUTS["one axis"]
     select = sharded(mesh_of(*layout[:2]), layout, 11)
