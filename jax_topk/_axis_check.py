@@ -6,9 +6,10 @@ array, and inside `shard_map`, where the row is local by construction. Under `ji
 axes the sharding is decided after tracing, and XLA gathers the rows, as it does for `lax.top_k`.
 
 Only a partitioning callback sees that decision. With `check_selection_axis` on, the operand passes
-through an identity with such a callback, which raises instead of letting XLA gather. Its costs: the
-compiled program holds a Python callback, so it is not stored in the persistent compilation cache
-and cannot be exported for several devices.
+through an identity with such a callback, which raises instead of letting XLA gather. Its costs: a
+program that holds a Python callback while it is partitioned is compiled anew by every process (the
+address of the callback is part of its key in the persistent compilation cache) and cannot be
+exported for several devices. Nothing of it is left in the compiled program.
 """
 
 from __future__ import annotations
@@ -110,8 +111,10 @@ def check_selection_axis(enabled: bool = True) -> Iterator[None]:
     variable `JAX_TOPK_CHECK_SELECTION_AXIS=1` set before import, so do all. Functions that were
     traced before keep what they had: call `jax.clear_caches()` first.
 
-    The check costs a Python callback in the compiled program: it is not stored in the persistent
-    compilation cache and cannot be exported for several devices. It adds nothing at run time.
+    The check puts a Python callback into the program until it is partitioned. Every process
+    therefore compiles it anew, since the persistent compilation cache does not recognise it (seen
+    on jax 0.10.2 and 0.12.0), and it cannot be exported for several devices. At run time it adds
+    nothing.
 
     Args:
         enabled: False switches the check off inside an outer context or against the environment.
@@ -158,7 +161,9 @@ def _partition(mesh: Any, arg_shapes: Sequence[Any], result_shape: Any) -> Any:
     sharding = arg_shapes[0].sharding
     is_whole = sharding.shard_shape(arg_shapes[0].shape)[-1] == arg_shapes[0].shape[-1]
     if not is_whole:
-        raise ShardedAxisError(_message(None, sharding.spec[-1]))
+        # Inside a shard_map over other axes JAX hands over a sharding without names.
+        spec = getattr(sharding, "spec", None)
+        raise ShardedAxisError(_message(None, spec[-1] if spec else f"{sharding}"))
     return mesh, lambda x: x, sharding, (sharding,)
 
 

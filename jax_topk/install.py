@@ -4,7 +4,8 @@
     jax_topk.install()
 
 From then on every program that is compiled, whoever wrote it, lowers `jax.lax.top_k` (and
-`jnp.top_k`, which calls it) to the kernels, wherever the result is the same bit for bit:
+`jnp.top_k` of JAX 0.11.1 and newer, which calls it) to the kernels, wherever the result is the same
+bit for bit:
 
     cpu    float32, float16 (`lax.top_k` quiets the NaNs of bfloat16 there, so it stays)
     cuda   float32, bfloat16, float16, for k up to the limit of the kernels. One difference: XLA's
@@ -60,8 +61,8 @@ _replaced: dict[str, Any] | None = None  # platform -> entry before, while insta
 def install() -> None:
     """Routes `jax.lax.top_k` and `jnp.top_k` through this package's kernels, for the process.
 
-    May be called any number of times, from any thread. Without native modules for this machine it
-    warns and changes nothing.
+    `jnp.top_k` exists from JAX 0.11.1 on. May be called any number of times, from any thread.
+    Without native modules for this machine it warns and changes nothing.
 
     Raises:
         RuntimeError: this version of JAX is not known to this version of jax_topk.

@@ -5,7 +5,8 @@ communication. When one row is sharded over D devices, its k best are among the 
 device, so the exchange moves candidates, never the row. Per row and device, with one mesh axis:
 
     select     the k best of the local block, in ascending order of index
-    exchange   an all-gather of k values and k indices: D * k * (size of a value + 4) bytes arrive
+    exchange   one all-gather of k values and k indices: each device sends k * (size of a value + 4)
+               bytes and ends with D times as many
     select     the k best of the D * k candidates
 
 With several mesh axes the exchange is staged, innermost axis first: after each stage only k
@@ -259,7 +260,7 @@ def _exchange(
     for stage, axis in enumerate(reversed(axes)):
         is_last = stage == len(axes) - 1
         block_width = values.shape[-1]
-        values, indices = _gather(values, axis), _gather(indices, axis)
+        values, indices = _gather_candidates(values, indices, axis)
         if not are_blocks_ordered:
             values, indices = _by_ascending_index(values, indices)
         elif may_hold_padding:
@@ -284,33 +285,107 @@ def _empty_result(x: jax.Array, k: int, axes: Sequence[Hashable]) -> jax.Array:
     return lax.pcast(empty, tuple(sorted(varying)), to="varying") if varying else empty
 
 
-def _gather(x: jax.Array, axis: Hashable) -> jax.Array:
-    """Concatenates the last axis over the devices of one mesh axis: `[*batch, m]` to `D * m`."""
-    if jnp.issubdtype(x.dtype, jnp.floating) and x.dtype.itemsize < 4:
-        return _gather_bits(x, axis)
-    return _all_gather(x, axis)
+def _gather_candidates(
+    values: jax.Array, indices: jax.Array, axis: Hashable
+) -> tuple[jax.Array, jax.Array]:
+    """Concatenates the candidates of all devices of one mesh axis, with a single all-gather.
+
+    A collective of so few bytes costs its latency, so values and indices travel in one array. The
+    values travel as integers: XLA may widen 16-bit floats for an exchange, which quiets NaNs.
+
+    Args:
+        values: `[*batch, m]` of this device.
+        indices: `[*batch, m]` int32 of this device.
+        axis: a mesh axis of D devices.
+
+    Returns:
+        `[*batch, D * m]` values and indices, in the order of the devices.
+    """
+    if not _is_packable(values.dtype):
+        return _all_gather(values, axis), _all_gather(indices, axis)
+    gathered = _all_gather(_pack(values, indices), axis, stacked=True)
+    all_values, all_indices = map(_join_blocks, _unpack(gathered, values, indices))
+    return _differentiable_as_gather(all_values, values, axis), all_indices
 
 
-@functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
-def _gather_bits(x: jax.Array, axis: Hashable) -> jax.Array:
-    """Gathers a narrow float as integers: XLA may widen it for the exchange, which quiets NaNs."""
-    bits = lax.bitcast_convert_type(x, np.dtype(f"uint{8 * x.dtype.itemsize}"))
-    return lax.bitcast_convert_type(_all_gather(bits, axis), x.dtype)
+def _is_packable(dtype: Any) -> bool:
+    """Whether values have integers of their own size to travel in; others take two collectives."""
+    return dtype != np.bool_ and np.dtype(dtype).itemsize * 8 == _num_bits(dtype)
 
 
-@_gather_bits.defjvp
-def _gather_bits_jvp(axis: Hashable, primals: Any, tangents: Any) -> tuple[jax.Array, jax.Array]:
-    return _gather_bits(primals[0], axis), _all_gather(tangents[0], axis)
+def _pack(values: jax.Array, indices: jax.Array) -> jax.Array:
+    """The bits of both, `[*batch, m]` each, in one array `[*batch, units]` of unsigned integers."""
+    unit = min(values.dtype.itemsize, indices.dtype.itemsize)
+    return jnp.concatenate([_to_units(values, unit), _to_units(indices, unit)], axis=-1)
 
 
-def _all_gather(x: jax.Array, axis: Hashable) -> jax.Array:
+def _unpack(
+    packed: jax.Array, values: jax.Array, indices: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """The inverse of `_pack`, with types and last axis as those of `values` and `indices`."""
+    num_units = values.shape[-1] * values.dtype.itemsize // packed.dtype.itemsize
+    return (
+        _from_units(packed[..., :num_units], values.dtype),
+        _from_units(packed[..., num_units:], indices.dtype),
+    )
+
+
+def _num_bits(dtype: Any) -> int:
+    info = jnp.finfo if jnp.issubdtype(dtype, jnp.floating) else jnp.iinfo
+    return int(info(dtype).bits)
+
+
+def _to_units(x: jax.Array, unit: int) -> jax.Array:
+    """The bits of `[*batch, m]` as unsigned integers of `unit` bytes: `[*batch, m * units]`."""
+    bits = lax.bitcast_convert_type(x, np.dtype(f"uint{8 * unit}"))
+    return bits.reshape(*x.shape[:-1], -1)
+
+
+def _from_units(bits: jax.Array, dtype: Any) -> jax.Array:
+    """The inverse of `_to_units`."""
+    units = np.dtype(dtype).itemsize // bits.dtype.itemsize
+    if units > 1:
+        bits = bits.reshape(*bits.shape[:-1], -1, units)
+    return lax.bitcast_convert_type(bits, dtype)
+
+
+def _join_blocks(x: jax.Array) -> jax.Array:
+    """`[D, *batch, m]` to `[*batch, D * m]`."""
+    x = jnp.moveaxis(x, 0, -2)
+    return x.reshape(*x.shape[:-2], -1)
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(2,))
+def _differentiable_as_gather(gathered: jax.Array, x: jax.Array, axis: Hashable) -> jax.Array:
+    """Returns `gathered`, with the derivative of an all-gather of `x` over `axis`."""
+    del x, axis
+    return gathered
+
+
+@_differentiable_as_gather.defjvp
+def _differentiable_as_gather_jvp(
+    axis: Hashable, primals: Any, tangents: Any
+) -> tuple[jax.Array, jax.Array]:
+    return _differentiable_as_gather(*primals, axis), _all_gather(tangents[1], axis)
+
+
+def _all_gather(x: jax.Array, axis: Hashable, *, stacked: bool = False) -> jax.Array:
+    """Gathers `[*batch, m]` over the devices of one mesh axis: to `[*batch, D * m]`, or stacked.
+
+    Stacked, `[D, *batch, m]`, is what a collective writes without a transposition.
+    """
     is_manual = axis in jax.sharding.get_abstract_mesh().manual_axes  # else an axis of vmap
     if is_manual and axis not in jax.typeof(x).mat.varying:
         # Nothing changes under check_vma=False, where no type varies.
         x = lax.pcast(x, (axis,), to="varying")
     is_typed = axis in jax.typeof(x).mat.varying
+    # An axis made here, not by tiled=False: that one loses the sharding of an explicit batch axis.
     gathered: jax.Array = lax.all_gather(
-        x, axis, axis=x.ndim - 1, tiled=True, to="invarying" if is_typed else "varying"
+        x[None] if stacked else x,
+        axis,
+        axis=0 if stacked else x.ndim - 1,
+        tiled=True,
+        to="invarying" if is_typed else "varying",
     )
     return gathered
 

@@ -182,6 +182,11 @@ def test_transformations():
     )
 
 
+def test_jnp_top_k_is_there_from_the_documented_version_on():
+    version = tuple(int(part) for part in jax.__version__.split(".")[:3])
+    assert hasattr(jnp, "top_k") == (version >= (0, 11, 1))
+
+
 @pytest.mark.skipif(not hasattr(jnp, "top_k"), reason="this version of JAX has no jnp.top_k")
 @pytest.mark.parametrize("mode", ["largest", "smallest"])
 def test_jnp_top_k_is_routed_too(mode):

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import pathlib
-import re
 import subprocess
 import sys
 
+import hlo
 import jax
+import jax.export
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -16,17 +18,13 @@ from jax.sharding import AxisType
 from runners import assert_same
 
 import jax_topk
-from jax_topk import _axis_check
+from jax_topk import _axis_check, _native
 from jax_topk.bench import oracle
 from jax_topk.debug import check_selection_axis
 
-SHAPE, K = (8, 6, 64), 5
-SPECS = {"x": jax.P("x"), "x,y": jax.P("x", "y"), "None,y": jax.P(None, "y")}
+SHAPE, K = (8, 8, 64), 5
+SPECS = {"x": jax.P("x"), "x,y": jax.P("x", "y"), "None,yx": jax.P(None, ("y", "x"))}
 KINDS = [AxisType.Auto, AxisType.Explicit]
-
-COLLECTIVE = re.compile(
-    r"all-gather|all-reduce|all-to-all|collective-permute|collective-broadcast|reduce-scatter"
-)
 
 kinds = pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.name)
 specs = pytest.mark.parametrize("spec", SPECS.values(), ids=SPECS)
@@ -59,7 +57,7 @@ def compile_local(function, *arguments):
     """Compiles a function and asserts that its program communicates nothing."""
     compiled = jax.jit(function).lower(*arguments).compile()
     text = compiled.as_text()
-    found = sorted(set(COLLECTIVE.findall(text)))
+    found = sorted(set(hlo.collectives(text)))
     assert not found, f"the compiled program holds {found}"
     return compiled
 
@@ -92,24 +90,20 @@ def test_the_search_for_collectives_finds_them(mesh_of):
 def test_rows_stay_where_they_are(mesh_of, implementation, kind, spec, counts):
     mesh = mesh_of(kind)
     x, lengths = data()
-    starts = np.int32(3)
     with jax.set_mesh(mesh):
         rows = jax.device_put(x, jax.NamedSharding(mesh, spec))
+        starts = lengths[::-1, ::-1] // 3
         if counts == "absent":
             lengths = starts = None
         elif counts == "scalar":
-            lengths = np.int32(20)
+            lengths, starts = np.int32(20), np.int32(3)
         elif counts == "broadcast":
-            lengths = lengths[:1]
-        placed = (
-            None
-            if lengths is None
-            else jax.device_put(
-                lengths, jax.NamedSharding(mesh, spec if counts == "sharded" else jax.P())
-            )
-        )
+            lengths, starts = lengths[:1], starts[:, :1]
+        count_place = jax.NamedSharding(mesh, spec if counts == "sharded" else jax.P())
+        placed = jax.device_put((lengths, starts), count_place)
 
-        def select(rows, lengths):
+        def select(rows, counts):
+            lengths, starts = counts
             return jax_topk.top_k(
                 rows, K, lengths=lengths, row_starts=starts, implementation=implementation
             )
@@ -408,6 +402,33 @@ def test_the_check_raises_where_xla_would_gather(mesh_of, form):
     with check_selection_axis(), pytest.raises(jax.errors.JaxRuntimeError, match=message):
         jax.jit(select)(rows)
     jax.jit(lambda x: select(x))(rows)  # a function that was not traced yet
+
+
+def test_the_check_sees_automatic_axes_inside_shard_map(mesh_of):
+    mesh = mesh_of(AxisType.Auto)
+    rows = jax.device_put(data()[0], jax.NamedSharding(mesh, jax.P("x", None, "y")))
+    select = jax.shard_map(
+        lambda x: jax_topk.top_k(x, K),
+        mesh=mesh,
+        in_specs=jax.P("x"),
+        out_specs=jax.P("x"),
+        axis_names={"x"},
+    )
+    message = r"ShardedAxisError: .* selection axis of operand is sharded over"
+    with check_selection_axis(), pytest.raises(jax.errors.JaxRuntimeError, match=message):
+        jax.jit(select)(rows)
+
+
+def test_the_check_cannot_be_exported_for_several_devices(mesh_of):
+    """A documented cost. For one device there is nothing to partition, and nothing to pay."""
+    place = jax.NamedSharding(mesh_of(AxisType.Auto), jax.P("x"))
+    names = [jax.export.DisabledSafetyCheck.custom_call(name) for name in _native.TARGETS]
+    for x, error in (
+        (jax.device_put(data()[0], place), pytest.raises(NotImplementedError, match="callbacks")),
+        (data()[0], contextlib.nullcontext()),
+    ):
+        with check_selection_axis(), error:
+            jax.export.export(jax.jit(lambda x: jax_topk.top_k(x, K)), disabled_checks=names)(x)
 
 
 def test_the_check_lets_sharded_rows_pass(mesh_of):

@@ -11,6 +11,10 @@ measured on it, and every result is proven right before and after it is timed.
     implementations.py  this package, lax, torch, FlashInfer and the floors, as things to time
     timing.py           interleaved samples, slopes of chains, quantiles
     runner.py           measures blocks cell by cell, with progress
+    sharded.py          one row over several devices, and what else one could do
+    processes.py        the same in several processes
+    exchange_model.py   on paper: the exchange of candidates over 8 to 512 devices
+    sharded_tables.py   text tables of both, and those of docs/sharding.md
     results.py          records, header, JSON
     tables.py           text tables
     compare.py          new against old results, beyond noise
@@ -18,6 +22,6 @@ measured on it, and every result is proven right before and after it is timed.
     goals.py            the project's speed targets, met or missed
     plot.py, report.py  the README's plot and tables, regenerated from committed results
 
-Only `certificate`, `implementations`, `inputs` and `runner` touch a device; the rest works on
-records, wherever they were measured.
+Only `certificate`, `implementations`, `inputs`, `runner` and `sharded` touch a device; the rest
+works on records, wherever they were measured.
 """

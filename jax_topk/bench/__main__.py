@@ -10,13 +10,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import fields, replace
 from typing import TypeVar
 
-from . import cases, compare, goals, peers, plot, results, tables
+from . import cases, compare, goals, peers, plot, processes, results, sharded_tables, tables
 from .cases import Block
 from .results import Record, Results
 
 T = TypeVar("T")
 
 SECONDS_BETWEEN_SAVES = 20.0
+SIMULATED_DEVICES = 8
 
 DESCRIPTION = """\
 Times exact top-k with run-time row lengths against jax.lax.top_k, torch.topk and FlashInfer (where
@@ -33,6 +34,9 @@ examples:
       everything the committed GPU results hold
   python -m jax_topk.bench --suite cpu --json jax_topk/bench/results/cpu.json
       everything the committed CPU results hold
+  JAX_PLATFORMS=cpu python -m jax_topk.bench --suite sharded --devices 8 \\
+      --json jax_topk/bench/results/sharded_cpu8.json
+      rows spread over 8 simulated devices; without JAX_PLATFORMS, over all GPUs
   python -m jax_topk.bench --rows 1,32 --length 32768,mixed --distribution normal,striped:256:8 \\
       --implementation cuda --metric graph_chain_us --plan path=exact
       chosen cells of the CUDA kernel, on a forced path
@@ -80,7 +84,34 @@ def build_parser() -> argparse.ArgumentParser:
         "--suite",
         choices=cases.SUITES,
         help="grid: rows x length (default on a GPU); cpu: the CPU grid (default on a CPU unless a "
-        "flag of this group is given); full: everything of the committed GPU results",
+        "flag of this group is given); full: everything of the committed GPU results; sharded: "
+        "rows of 1 M and 8 M elements, each spread over several devices",
+    )
+    what.add_argument(
+        "--devices",
+        type=int,
+        metavar="N",
+        help="devices of --suite sharded (default: all GPUs; 8 on a CPU, which simulates them: "
+        "they share its processors, so the figures show correctness and volume, not speed)",
+    )
+    what.add_argument(
+        "--processes",
+        type=int,
+        default=1,
+        metavar="N",
+        help="processes that the simulated devices of --suite sharded are dealt to (1); they are "
+        "joined by jax.distributed on this machine",
+    )
+    what.add_argument(
+        "--rank",
+        type=int,
+        metavar="R",
+        help="which of the processes this is; --processes sets it for those that it starts",
+    )
+    what.add_argument(
+        "--coordinator",
+        metavar="HOST:PORT",
+        help="where rank 0 listens; --processes sets it too",
     )
     what.add_argument(
         "--rows",
@@ -131,11 +162,13 @@ def build_parser() -> argparse.ArgumentParser:
     what.add_argument(
         "--implementation",
         type=_list_of(
-            lambda text: cases.parse_choices(text, cases.IMPLEMENTATIONS, "--implementation")
+            lambda text: cases.parse_choices(
+                text, (*cases.IMPLEMENTATIONS, *cases.SHARDED), "--implementation"
+            )
         ),
         metavar="NAME,...",
         help="this package's cuda, cpu, xla; lax; torch; flashinfer (default: all but xla that are "
-        "there)",
+        f"there). With --suite sharded: {', '.join(cases.SHARDED)} (default: all)",
     )
     what.add_argument(
         "--metric",
@@ -233,6 +266,8 @@ def build_blocks(options: argparse.Namespace, platform: str) -> list[Block]:
         blocks = cases.full_suite()
     elif suite == "cpu":
         blocks = cases.cpu_suite()
+    elif suite == "sharded":
+        blocks = cases.sharded_suite(options.devices)
     elif platform == "gpu":
         blocks = [Block()]
     else:
@@ -250,8 +285,10 @@ def build_blocks(options: argparse.Namespace, platform: str) -> list[Block]:
     if options.width is not None:
         blocks = [replace(block, width=width) for block in blocks for width in options.width]
     if options.quick:
-        blocks = [cases.quick(block) for block in blocks]
+        # Of the sharded suite the shorter rows, since the others take most of its time.
+        blocks = [cases.quick(block) for block in blocks[: 1 if suite == "sharded" else None]]
     blocks = list(dict.fromkeys(blocks))
+    _check_suite(suite, blocks)
 
     for flag, least in (("rows", 1), ("ks", 1), ("width", 1)):
         for block in blocks:
@@ -268,6 +305,53 @@ def build_blocks(options: argparse.Namespace, platform: str) -> list[Block]:
     return blocks
 
 
+def _check_suite(suite: str, blocks: Sequence[Block]) -> None:
+    """Raises ValueError with a sentence where a flag does not fit the suite."""
+    legal = cases.SHARDED if suite == "sharded" else cases.IMPLEMENTATIONS
+    for block in blocks:
+        if unknown := [name for name in block.implementations if name not in legal]:
+            raise ValueError(
+                f"--implementation {unknown[0]} is none of --suite {suite}, which has "
+                f"{', '.join(legal)}"
+            )
+        if suite != "sharded":
+            continue
+        if block.cold or block.plan or "graph_chain_us" in block.metrics:
+            raise ValueError(
+                "--suite sharded takes neither --cold nor --plan nor the metric graph_chain_us: it "
+                "times whole programs"
+            )
+        if block.outputs != ("values_sorted",):
+            raise ValueError("--suite sharded puts out values_sorted; leave out --output")
+        if block.width % block.devices:
+            raise ValueError(
+                f"--width {block.width} does not divide by --devices {block.devices}; pass a "
+                "multiple"
+            )
+        if max(block.ks) > block.width // block.devices:
+            raise ValueError(
+                f"--k {max(block.ks)} exceeds the {block.width // block.devices} elements that each"
+                f" of {block.devices} devices holds of a row; pass a smaller one"
+            )
+
+
+def _check_processes(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
+    """Ends the command with a sentence where the work cannot be dealt to processes."""
+    devices = options.devices or SIMULATED_DEVICES
+    if options.suite != "sharded" or options.source:
+        parser.error("--processes is for measuring --suite sharded")
+    if (options.rank is None) != (options.coordinator is None):
+        parser.error("--rank and --coordinator go together; leave both to --processes")
+    if options.processes < 2 or devices % options.processes:
+        parser.error(
+            f"--processes {options.processes} does not divide --devices {devices}; pass a divisor"
+        )
+    if options.budget is not None:
+        parser.error("--budget would stop the processes at different cells; leave it out")
+    if os.environ.get("JAX_PLATFORMS") != "cpu":
+        parser.error("--processes deals out simulated devices; set JAX_PLATFORMS=cpu")
+
+
 def _platform() -> tuple[str, str]:
     """(`"gpu"` or `"cpu"`, name of the device)."""
     import jax
@@ -281,7 +365,24 @@ def _platform() -> tuple[str, str]:
     return backend, str(jax.devices()[0].device_kind)
 
 
-SAME_RUN_FIELDS = ("target", "gpu", "driver", "jax", "jaxlib", "commit", "dirty")
+def _default_devices(platform: str) -> int:
+    """All GPUs, or as many simulated devices as the committed results have."""
+    import jax
+
+    return jax.device_count() if platform == "gpu" else SIMULATED_DEVICES
+
+
+SAME_RUN_FIELDS = (
+    "target",
+    "devices",
+    "processes",
+    "gpu",
+    "driver",
+    "jax",
+    "jaxlib",
+    "commit",
+    "dirty",
+)
 
 
 def _older(options: argparse.Namespace, header: dict[str, object]) -> list[Record]:
@@ -305,15 +406,31 @@ def measure(options: argparse.Namespace) -> Results:
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     from .runner import Progress, Runner, Settings
 
+    is_sharded = options.suite == "sharded"
+    if is_sharded:
+        from . import sharded
+
+        sharded.request_devices((options.devices or SIMULATED_DEVICES) // options.processes)
+        if options.rank is not None:
+            processes.join(options.coordinator, options.processes, options.rank)
+    elif options.devices is not None:
+        raise ValueError("--devices is for --suite sharded; the other suites measure one device")
     platform, device = _platform()
+    if is_sharded:
+        options.devices = options.devices or _default_devices(platform)
+        devices = sharded.find_devices(platform, options.devices)
     blocks = build_blocks(options, platform)
     settings = Settings(launches=options.launches, replays=options.replays)
     if options.quick:
         settings = replace(settings, replays=min(20, options.replays), budget_s=0.05)
     named = {field.name: getattr(settings, field.name) for field in fields(settings)}
     header = results.make_header(platform, device, named, options.commit)
+    if is_sharded:
+        header |= results.sharded_fields(platform, options.devices, options.processes)
     done = Results(header, _older(options, header))
-    if platform == "cpu":
+    if platform == "cpu" and is_sharded:
+        print(f"The {options.devices} devices are simulated by one CPU.", file=sys.stderr)
+    elif platform == "cpu":
         print("JAX has no GPU here: the CPU target is timed.", file=sys.stderr)
 
     progress = Progress(sum(sum(1 for _ in block.cases()) for block in blocks))
@@ -321,6 +438,8 @@ def measure(options: argparse.Namespace) -> Results:
     if num_skipped:
         progress.say(f"{num_skipped} cells left out: their k or length exceeds their width")
     runner = Runner(platform, settings, progress.say)
+    if is_sharded:
+        runner = sharded.ShardedRunner(platform, devices, settings, progress.say)
     stop_at = None if options.budget is None else time.monotonic() + options.budget
     fresh: list[Record] = []
     last_save = time.monotonic()
@@ -351,6 +470,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     if options.launches < 1 or options.replays < 1:
         parser.error("--launches and --replays must be at least 1")
+    if options.devices is not None and options.devices < 2:
+        parser.error(f"--devices {options.devices} spreads nothing; pass 2 or more")
+    if options.processes != 1 or options.rank is not None or options.coordinator is not None:
+        _check_processes(parser, options)
+        if options.rank is None:
+            given = sys.argv[1:] if arguments is None else arguments
+            return processes.launch(given, options.processes)
+        if options.rank > 0:
+            options.json = options.plot = None  # rank 0 writes the files
     if options.append and not options.json:
         parser.error("--append adds to a file; name it with --json FILE")
     if options.source and options.json:
@@ -372,7 +500,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         f"{header.get('commit') or 'unknown'}{' with changes' if header.get('dirty') else ''}, "
         f"{header.get('date')}"
     )
-    tables.print_tables(found.records)
+    tables.print_tables([record for record in found.records if record.devices == 1])
+    sharded_tables.print_tables(found)
     if times is not None:
         peers.print_duels(found.records, times)
     if options.goals:

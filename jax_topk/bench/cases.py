@@ -40,6 +40,11 @@ PACKAGE = ("cuda", "cpu", "xla")
 IMPLEMENTATIONS = (*PACKAGE, "lax", "torch", "flashinfer")
 FLOORS = ("floor_empty", "floor_read", "dependency_floor")
 
+SHARDED = ("sharded", "gathered", "one_device", "merge", "exchange", "all_gather")
+"""Implementations of the suite over several devices; `sharded.py` defines them."""
+SHARDED_ROWS = (1, 8, 32)
+SHARDED_WIDTHS = (1 << 20, 1 << 23)
+
 
 @dataclasses.dataclass(frozen=True)
 class Case:
@@ -56,6 +61,7 @@ class Case:
         width: allocated columns of a row.
         plan: overrides of this package's launch plan (`"path=exact"`); empty: none.
         cold: whether launches rotate over enough rows that the L2 cache never holds the next ones.
+        devices: over how many devices each row is spread.
     """
 
     rows: int
@@ -67,6 +73,7 @@ class Case:
     width: int
     plan: str = ""
     cold: bool = False
+    devices: int = 1
 
     def __str__(self) -> str:
         """Short form for progress and messages."""
@@ -76,6 +83,7 @@ class Case:
             f"width={self.width}" if self.width != WIDTH and self.length != "full" else "",
             f"plan={self.plan}" if self.plan else "",
             "cold" if self.cold else "",
+            f"over {self.devices} devices" if self.devices > 1 else "",
         )
         if self.length == "full":
             text = f"{self.rows} x {self.width} {self.distribution} k={self.k} {self.dtype}"
@@ -98,6 +106,7 @@ class Block:
     width: int = WIDTH
     plan: str = ""
     cold: bool = False
+    devices: int = 1
     implementations: tuple[str, ...] = ()
     metrics: tuple[str, ...] = ()
 
@@ -109,7 +118,16 @@ class Block:
         for distribution, dtype, k, output, rows, length in product:
             if k <= self.width and (isinstance(length, str) or length <= self.width):
                 yield Case(
-                    rows, length, distribution, k, dtype, output, self.width, self.plan, self.cold
+                    rows,
+                    length,
+                    distribution,
+                    k,
+                    dtype,
+                    output,
+                    self.width,
+                    self.plan,
+                    self.cold,
+                    self.devices,
                 )
 
     def num_skipped(self) -> int:
@@ -178,6 +196,18 @@ def full_suite() -> list[Block]:
     ]
 
 
+def sharded_suite(devices: int) -> list[Block]:
+    """Rows of a million and of eight million elements, each spread over all devices."""
+    block = Block(
+        rows=SHARDED_ROWS,
+        lengths=("full",),
+        distributions=("normal",),
+        outputs=("values_sorted",),
+        devices=devices,
+    )
+    return [replace(block, width=width) for width in SHARDED_WIDTHS]
+
+
 def quick(block: Block) -> Block:
     """A corner of a block: few rows, few lengths, at most two distributions."""
     rows = tuple(r for r in (1, 32, 256) if r in block.rows) or block.rows[:1]
@@ -186,7 +216,7 @@ def quick(block: Block) -> Block:
     return replace(block, rows=rows, lengths=lengths, distributions=block.distributions[:2])
 
 
-SUITES = ("grid", "full", "cpu")
+SUITES = ("grid", "full", "cpu", "sharded")
 
 
 def parse_numbers(text: str, what: str) -> tuple[int, ...]:

@@ -8,8 +8,9 @@
 
 `verified` is `"oracle"` (every row equals the NumPy oracle), `"certificate+oracle"` (every row
 proven by the certificate, a sample also by the oracle), `"certificate"` (where ties are not
-promised), `"WRONGn"` (n rows are wrong) or `"floor"` (nothing is selected). Results are checked
-before and after timing; one entry stands for both.
+promised), `"equal"` (data that was only moved arrived bit for bit), `"WRONGn"` (n rows are wrong)
+or `"floor"` (nothing is selected). Results are checked before and after timing; one entry stands
+for both.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ import importlib.metadata
 import json
 import os
 import platform
+import re
 import subprocess
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -49,6 +51,7 @@ class Record:
     width: int = 163840
     plan: str = ""
     cold: bool = False
+    devices: int = 1
     samples: Mapping[str, float] = dataclasses.field(default_factory=dict)
 
     @classmethod
@@ -84,6 +87,7 @@ class Record:
             self.width,
             self.plan,
             self.cold,
+            self.devices,
         )
 
     @property
@@ -253,4 +257,25 @@ def make_header(
         **git,
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "settings": dict(settings),
+    }
+
+
+def sharded_fields(platform: str, devices: int, processes: int) -> dict[str, Any]:
+    """What the header of the suite over several devices says besides.
+
+    Args:
+        platform: `"gpu"` or `"cpu"`.
+        devices: number of devices.
+        processes: that they belong to.
+
+    Returns:
+        `target`, of its own since one device's tables and plots do not apply; `devices` and
+        `processes`; `links`, what nvidia-smi says of the links between GPUs.
+    """
+    links = _output_of(("nvidia-smi", "topo", "-m")) if platform == "gpu" else None
+    return {
+        "target": f"sharded-{platform}",
+        "devices": devices,
+        "processes": processes,
+        "links": re.sub(r"\x1b\[[0-9;]*m", "", links).splitlines() if links else None,
     }

@@ -71,6 +71,7 @@ def interleave(
     budget_s: float,
     min_rounds: int,
     max_rounds: int,
+    max_repeats: int = MAX_REPEATS,
     clock: Callable[[], float] = time.perf_counter,
 ) -> dict[str, np.ndarray]:
     """Times several calls in turns.
@@ -81,6 +82,8 @@ def interleave(
         budget_s: stop after a full round once this much time is spent, all calls together.
         min_rounds: rounds taken even beyond the budget.
         max_rounds: rounds taken at most.
+        max_repeats: calls per sample at most. Several processes that run collectives together must
+            call them equally often: pass 1, and as many rounds at least as at most.
         clock: seconds, monotonic.
 
     Returns:
@@ -92,7 +95,7 @@ def interleave(
         begin = clock()
         call()
         once = max(clock() - begin, 1e-9)
-        repeats[name] = min(MAX_REPEATS, math.ceil(MIN_SAMPLE_S / once))
+        repeats[name] = min(max_repeats, math.ceil(MIN_SAMPLE_S / once))
     samples: dict[str, list[float]] = {name: [] for name in calls}
     order = list(calls)
     start = clock()
