@@ -38,7 +38,7 @@ constexpr int kMaxFinalists = 32;
 
 // Scalars that the threads of a CTA share. Lies at offset 0 of shared memory.
 struct SharedHeader {
-  MBarrier counts_barrier;
+  MBarrier counts_barriers[2];  // of the first and the second attempt
   MBarrier candidates_barrier;
   MBarrier winners_barrier;
   MBarrier segments_barrier;
@@ -59,7 +59,7 @@ struct SharedHeader {
   uint32_t bin_totals[kBinThreads / 32];
   alignas(16) uint32_t finalists[kMaxFinalists];  // zero where there is none
   uint32_t finalist_is_before[kMaxFinalists];
-  uint2 records[kMaxClusterSize];  // PartCounts of every CTA of the row
+  uint2 records[2][kMaxClusterSize];  // PartCounts of every CTA of the row, per attempt
 };
 static_assert(sizeof(SharedHeader) <= kHeaderBytes, "the header outgrew its place");
 

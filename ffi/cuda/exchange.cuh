@@ -28,27 +28,30 @@ struct RowCounts {
 };
 
 // Tells every CTA of the row what this one counted. All earlier accesses to what candidates will
-// overwrite must be ordered by a barrier before.
-__device__ __forceinline__ void SendCounts(const Cta& cta, const PartCounts& mine) {
+// overwrite must be ordered by a barrier before. `attempt`, 0 or 1, has its own barrier and records:
+// nothing keeps a CTA from sending a second time before a peer has everything of the first.
+__device__ __forceinline__ void SendCounts(const Cta& cta, const PartCounts& mine,
+                                           uint32_t attempt) {
   if (cta.num_active == 1) return;
   SharedHeader* header = cta.header;
   if (cta.thread == 0) {
-    BarrierExpect(&header->counts_barrier, static_cast<uint32_t>(cta.num_active) * sizeof(uint2));
+    BarrierExpect(&header->counts_barriers[attempt], static_cast<uint32_t>(cta.num_active) * sizeof(uint2));
   }
   if (cta.thread < cta.num_active) {
-    SendAsync(RemoteAddress(&header->records[cta.rank], cta.thread),
+    SendAsync(RemoteAddress(&header->records[attempt][cta.rank], cta.thread),
               make_uint2(mine.certain, mine.open),
-              RemoteAddress(&header->counts_barrier, cta.thread));
+              RemoteAddress(&header->counts_barriers[attempt], cta.thread));
   }
 }
 
-// What all CTAs of the row sent. `parity`: 0 for a row's first exchange, then alternating.
+// What all CTAs of the row sent.
 __device__ __forceinline__ RowCounts ReceiveCounts(const Cta& cta, const PartCounts& mine,
-                                                   uint32_t parity) {
+                                                   uint32_t attempt) {
   if (cta.num_active == 1) return RowCounts{mine.certain, mine.open, 0, 0, mine.open, 0};
   SharedHeader* header = cta.header;
-  BarrierWait(&header->counts_barrier, parity);
-  const uint2 record = cta.lane < cta.num_active ? header->records[cta.lane] : make_uint2(0, 0);
+  BarrierWait(&header->counts_barriers[attempt], 0);
+  const uint2 record =
+      cta.lane < cta.num_active ? header->records[attempt][cta.lane] : make_uint2(0, 0);
   const bool is_before = cta.lane < cta.rank;
   RowCounts row;
   row.certain = WarpSum(record.x);

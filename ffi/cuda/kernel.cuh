@@ -42,7 +42,8 @@ namespace jax_topk {
 __device__ __forceinline__ void JoinCluster(const Cta& cta) {
   SharedHeader* header = cta.header;
   if (cta.thread == 0) {
-    BarrierInit(&header->counts_barrier);
+    BarrierInit(&header->counts_barriers[0]);
+    BarrierInit(&header->counts_barriers[1]);
     BarrierInit(&header->candidates_barrier);
     BarrierInit(&header->winners_barrier);
     BarrierInit(&header->segments_barrier);
@@ -200,7 +201,7 @@ __device__ __forceinline__ void SelectResidentRow(Cta& cta, const TopKArgs& args
 #pragma unroll 1
   for (uint32_t attempt = 0;; ++attempt) {
     source.share = SeparateTile<T>(cta, source.run, bracket, output.flip, &source.counts);
-    SendCounts(cta, source.counts);
+    SendCounts(cta, source.counts, attempt);
     if (!bracket.IsSingleKey() && source.counts.open <= capacity) {
       CollectOpenKeys<T>(cta, source.run, source.share, source.counts.open, output.flip);
     }
@@ -238,7 +239,7 @@ __device__ __forceinline__ void SelectStreamedRow(Cta& cta, const TopKArgs& args
     if (cta.lane == 0) cta.header->warp_chunks[cta.warp] = source.warp.NumChunks();
     sums = SumOverWarps(cta, make_uint2(source.warp.counts.certain, source.warp.counts.open), 0);
     counts = PartCounts{sums.total.x, sums.total.y};
-    SendCounts(cta, counts);
+    SendCounts(cta, counts, attempt);
     row = ReceiveCounts(cta, counts, attempt);
     if (!Unlikely(!IsProved(source.bracket, row, k, capacity)) || !CanNarrow(args, attempt)) break;
     source.bracket = NarrowBracket<T>(cta, window, part, output.flip, k, capacity - k,

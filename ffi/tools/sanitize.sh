@@ -81,7 +81,7 @@ paths=(
   "--rows 2 --width 16000 --k 300 --plan candidates=4,path=sample"               # overflow
   "--rows 2 --width 30000 --k 300 --plan cluster=2 --dist sorted --sorted --values" # streamed
   "--rows 2 --width 30000 --k 2000 --plan cluster=1,candidates=64 --dist relu"   # streamed plateau
-  "--rows 2 --width 30000 --k 300 --plan cluster=1,stages=4 --dist bits"         # four stages
+  "--rows 2 --width 30000 --k 300 --plan cluster=1,stages=2 --dist bits"         # two stages
 )
 commands=()
 for tool in memcheck racecheck synccheck initcheck; do

@@ -158,8 +158,8 @@ constexpr const char* kPlans[] = {"",
                                   "path=exact,cluster=16,part=64",
                                   "path=sample,cluster=16,part=64",
                                   "path=sample,cluster=5,candidates=64",
-                                  "path=exact,cluster=1,stages=4",
-                                  "cluster=1,stages=2,candidates=64"};
+                                  "path=exact,cluster=1,stages=2",
+                                  "cluster=1,stages=1,candidates=64"};
 constexpr const char* kDists[] = {"normal", "clustered", "equal",  "relu",
                                   "few",    "bits",      "sorted", "head"};
 
