@@ -1,8 +1,9 @@
 """The CUDA kernel's own code, run on the CPU thread by thread: exact, on any machine.
 
-Races and memory ordering need a GPU (tests/test_cuda.py and compute-sanitizer); everything else
-that can go wrong in the kernel fails here, without one: wrong order, lost candidates, deadlocks,
-reads and writes out of bounds, stale shared memory.
+Memory ordering needs a GPU (tests/test_cuda.py and compute-sanitizer); everything else that can go
+wrong in the kernel fails here, without one: wrong order, lost candidates, missing barriers and
+waits, deadlocks, reads and writes out of bounds, stale shared memory. `tests/mutations` plants such
+defects and shows that they do.
 """
 
 from __future__ import annotations
@@ -65,7 +66,7 @@ def test_hostile_rows(library, dtype, plan):
         check(
             library, x, k, starts, lengths,
             smallest=bool(rng.integers(2)), is_sorted=bool(rng.integers(2)), plan=plan,
-            seed=int(rng.integers(1 << 30)),
+            schedule=str(rng.choice(emulation.SCHEDULES)), seed=int(rng.integers(1 << 30)),
         )  # fmt: skip
 
 
@@ -118,15 +119,25 @@ def test_lowest_key_competes_with_padding(library):
         check(library, x, k, plan="path=sample,cluster=7,part=300")
 
 
-def test_interleaved_scheduling_changes_nothing(library):
-    x = inputs.cast(np.random.default_rng(3).normal(size=6000), np.float32)[None]
-    results = [
-        emulation.top_k(
-            library, x, 512, np.zeros(1), np.full(1, 6000), plan="path=sample,cluster=4", seed=seed
-        )[1].tobytes()
-        for seed in range(4)
-    ]
-    assert len(set(results)) == 1
+@pytest.mark.parametrize("schedule", emulation.SCHEDULES)
+@pytest.mark.parametrize(
+    ("generator", "k", "plan"),
+    [
+        (inputs.normal, 512, "path=sample,cluster=4"),  # parts that fit a tile
+        (inputs.clustered, 700, "path=exact,cluster=3"),  # histograms that travel
+        (inputs.normal, 300, "path=sample,cluster=2,candidates=4"),  # a guess that is given up
+        (inputs.few_values, 300, "path=exact,cluster=1"),  # streamed, and a single key
+        (inputs.normal, 1500, "path=sample,cluster=1,stages=4"),  # streamed, more tiles in flight
+        (inputs.normal, 300, "path=short"),
+    ],
+    ids=lambda value: getattr(value, "__name__", str(value)),
+)
+def test_no_schedule_changes_the_result(library, generator, k, plan, schedule):
+    """Missing barriers and waits: one warp runs ahead, data arrives at once or at the last moment."""
+    width = 8000 if plan == "path=short" else 14000
+    x = inputs.cast(generator(np.random.default_rng(3), width), np.float32)[None]
+    for seed in range(4):
+        check(library, x, k, plan=plan, schedule=schedule, is_sorted=seed % 2 == 1, seed=seed)
 
 
 def test_plateau_in_a_list_without_room_for_k_ties(library):
