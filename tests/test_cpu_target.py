@@ -146,6 +146,22 @@ def test_poison_outside_the_window_is_not_seen():
     check(x, 50, starts=[1000] * 4, lengths=[2000, 1999, 49, 1], mode="smallest")
 
 
+def test_an_operand_of_more_than_2_31_elements():
+    """The last row begins at element 2^31. Only what is written here takes memory."""
+    rows, width, alignment = 33, 1 << 26, 64
+    memory = np.zeros(rows * width + alignment, np.float16)
+    first = -memory.ctypes.data % alignment // memory.itemsize
+    x = memory[first : first + rows * width].reshape(rows, width)
+    x[-1, :5000] = normal(5000, np.float16)
+    operand = jax.device_put(x, jax.devices("cpu")[0])
+    assert operand.unsafe_buffer_pointer() == x.ctypes.data, "a copy would take 4 GB"
+    lengths = np.zeros(rows, np.int32)
+    lengths[-1] = 5000
+    _, indices = top_k(operand, 20, lengths=lengths, implementation="cpu")
+    wanted = np.argsort(-ordered(x[-1, :5000]), kind="stable")[:20]
+    np.testing.assert_array_equal(indices[-1], wanted)
+
+
 def test_calls_from_many_threads_agree():
     x = jnp.asarray(normal((6, 200_000)), device=jax.devices("cpu")[0])
     call = jax.jit(lambda x: top_k(x, 1000, implementation="cpu"))

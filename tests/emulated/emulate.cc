@@ -21,6 +21,10 @@ namespace {
 
 constexpr size_t kStackBytes = 64 * 1024;
 
+// Behind each CTA's shared memory, so that what is written there is noticed.
+constexpr size_t kGuardBytes = 64 * 1024;
+constexpr unsigned char kGuard = 0xa5;
+
 // Who runs next, and when what is in flight arrives. The hardware may choose any order, so all have
 // to give one result. A missing barrier often needs one warp far ahead of the others, and a missing
 // wait needs data that comes late: a fair order meets neither.
@@ -43,7 +47,7 @@ struct Warp {
 };
 
 struct Block {
-  std::vector<unsigned char> shared;
+  std::vector<unsigned char> shared;  // and the guard
   int num_alive = kThreads;
   int num_arrived = 0;
   int64_t num_barriers = 0;
@@ -79,6 +83,7 @@ struct Emulator {
   std::vector<Block> blocks;
   std::vector<Fiber> fibers;
   std::vector<int> warps;  // of the whole cluster, the next to run first
+  unsigned demotion = 0;   // one step in so many puts the first warp last
   std::vector<Message> messages;
   int64_t row = 0;
   int num_cluster_arrivals = 0;
@@ -167,7 +172,7 @@ bool Resume(Fiber& fiber) {
   return true;
 }
 
-// The three below return whether anything went on.
+// DeliverSome, RunAllInTurn and RunFirstWarp return whether anything went on.
 
 bool DeliverSome() {
   Emulator& e = *emulator;
@@ -182,6 +187,23 @@ bool DeliverSome() {
     }
   }
   return !in_flight.empty();
+}
+
+// Puts the warps in the order in which they are to lead: in half of all runs CTA by CTA, so that
+// one has sent all that it can before another one begins.
+void DrawOrder() {
+  Emulator& e = *emulator;
+  e.warps.resize(e.fibers.size() / 32);
+  std::iota(e.warps.begin(), e.warps.end(), 0);
+  std::shuffle(e.warps.begin(), e.warps.end(), e.random);
+  std::vector<int> places(e.blocks.size());  // of the CTAs
+  std::iota(places.begin(), places.end(), 0);
+  std::shuffle(places.begin(), places.end(), e.random);
+  if ((e.random() & 1) != 0) {
+    std::stable_sort(e.warps.begin(), e.warps.end(),
+                     [&](int a, int b) { return places[a / kWarps] < places[b / kWarps]; });
+  }
+  e.demotion = (e.random() & 1) != 0 ? 16 : 1024;
 }
 
 bool RunAllInTurn() {
@@ -212,7 +234,8 @@ bool RunFirstWarp() {
       is_running |= goes_on;
     }
     if (!is_running) continue;
-    if (e.random() % 16 == 0) std::rotate(&e.warps[place], &e.warps[place + 1], &e.warps.back() + 1);
+    if (e.random() % e.demotion == 0)
+      std::rotate(&e.warps[place], &e.warps[place + 1], &e.warps.back() + 1);
     return true;
   }
   return false;
@@ -233,9 +256,7 @@ std::string RunCluster() {
     fiber.context.uc_link = nullptr;
     makecontext(&fiber.context, RunFiber, 0);
   }
-  e.warps.resize(e.fibers.size() / 32);
-  std::iota(e.warps.begin(), e.warps.end(), 0);
-  std::shuffle(e.warps.begin(), e.warps.end(), e.random);
+  DrawOrder();
   const int num_fibers = static_cast<int>(e.fibers.size());
   while (e.num_done < num_fibers && e.error.empty()) {
     bool is_running = e.schedule == Schedule::kSweep && DeliverSome();
@@ -274,8 +295,10 @@ std::string RunRows(const Problem& problem, const DeviceLimits& limits,
     run.blocks.resize(plan.cluster_size);
     run.fibers.resize(static_cast<size_t>(plan.cluster_size) * kThreads);
     for (Block& block : run.blocks) {
-      block.shared.resize(plan.smem_bytes);
-      for (unsigned char& byte : block.shared) byte = static_cast<unsigned char>(run.random());
+      block.shared.resize(plan.smem_bytes + kGuardBytes, kGuard);
+      const auto end = block.shared.begin() + plan.smem_bytes;
+      std::generate(block.shared.begin(), end,
+                    [&] { return static_cast<unsigned char>(run.random()); });
     }
     for (size_t i = 0; i < run.fibers.size(); ++i) {
       run.fibers[i].rank = static_cast<int>(i) / kThreads;
@@ -283,6 +306,11 @@ std::string RunRows(const Problem& problem, const DeviceLimits& limits,
       run.fibers[i].block = &run.blocks[run.fibers[i].rank];
     }
     error = RunCluster();
+    for (const Block& block : run.blocks) {
+      const bool is_intact = std::all_of(block.shared.begin() + plan.smem_bytes, block.shared.end(),
+                                         [](unsigned char byte) { return byte == kGuard; });
+      if (!is_intact && error.empty()) error = "written behind the shared memory";
+    }
     if (!error.empty()) return "row " + std::to_string(row) + ": " + error;
   }
   return "";
@@ -343,8 +371,8 @@ uint4 LoadReadOnly(const uint4* pointer) {
 }
 
 void CopyAsync16(void* shared, const void* global) {
-  std::vector<unsigned char>& memory = emulator->current->block->shared;
-  if (!Holds(memory.data(), static_cast<int64_t>(memory.size()), shared, "shared memory")) return;
+  const int64_t shared_bytes = emulator->args->layout.total_bytes;
+  if (!Holds(SharedMemory(), shared_bytes, shared, "shared memory")) return;
   if (!IsInOperand(global)) return;
   if (ArrivesNow()) {
     std::memcpy(shared, global, kVectorBytes);
