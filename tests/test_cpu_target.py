@@ -139,6 +139,17 @@ def test_widths_around_the_blocks_of_the_scan(width):
         check(x, k, lengths=[width, width - 1, width, k, k - 1])
 
 
+@pytest.mark.parametrize("mode", ["largest", "smallest"])
+def test_zeros_behind_the_end_are_no_elements(mode):
+    """The last block of a scan is filled up with zeros, which here are better than all elements."""
+    x = 1 + np.abs(normal((8, 3000)))
+    x = -x if mode == "largest" else x
+    x[:, 2900:] = 0
+    lengths = [2900, 2899, 1000, 1025, 191, 193, 130, 127]
+    for k in (1, 16, 100):
+        check(x, k, lengths=lengths, mode=mode)
+
+
 def test_poison_outside_the_window_is_not_seen():
     x = np.full((4, 5000), np.nan, np.float32)
     x[:, 1000:3000] = normal((4, 2000))

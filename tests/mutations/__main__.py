@@ -11,9 +11,9 @@ import sys
 import tempfile
 import time
 
-from . import report
+from . import report, waits
 from .table import CPU, EMULATED, GPU, MUTANTS, PYTHON, Mutant
-from .workspace import BrokenRun, Verdict, Workspace, find_anchor
+from .workspace import ROOT, BrokenRun, Verdict, Workspace, find_anchor
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -51,7 +51,8 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
 
 def choose(patterns: list[str], is_gpu: bool) -> list[Mutant]:
     """The mutants that a run is about."""
-    chosen = [mutant for mutant in MUTANTS if (mutant.target == GPU) == is_gpu]
+    everything = (*MUTANTS, *waits.mutants(ROOT))
+    chosen = [mutant for mutant in everything if (mutant.target == GPU) == is_gpu]
     for pattern in patterns:
         if not any(_matches(mutant, pattern) for mutant in chosen):
             raise BrokenRun(
