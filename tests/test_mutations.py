@@ -81,7 +81,7 @@ def run(*arguments: str) -> subprocess.CompletedProcess[str]:
 
 
 def test_three_mutants_from_end_to_end(tmp_path):
-    names = ("pad_one_too_late", "no_wait_in_exchange_1", "largest_k_of_the_kernel")
+    names = ("pad_one_too_late", "length_read_as_unsigned", "largest_k_of_the_kernel")
     only = [argument for name in names for argument in ("--only", name)]
     file = tmp_path / "results.json"
     done = run(*only, "--json", str(file))
@@ -92,18 +92,21 @@ def test_three_mutants_from_end_to_end(tmp_path):
     assert all(mutant["test"].startswith("tests/test_") for mutant in results["mutants"])
 
 
-def test_a_survivor_is_not_called_killed(tmp_path, monkeypatch):
-    """A change that no test can see, and one that does not even compile."""
+def test_a_survivor_is_not_called_killed(tmp_path):
+    """A change that no test can see, and two that are not even programs."""
     copy = workspace.Workspace(tmp_path)
-    copy.prepare({table.EMULATED})
-    tests = ("tests/test_kernel_emulated.py::test_refuses_what_it_cannot_plan",)
-    file, old = "ffi/plan.cc", "  *plan = LaunchPlan();\n"
-    harmless = Mutant("harmless", table.EMULATED, file, old, f"{old}  // nothing\n", "", tests)
+    copy.prepare({table.PYTHON})
+    tests = ("tests/test_plan.py::test_empty_shapes_are_legal",)
+    file, old = "jax_topk/api.py", "    del is_stable  # results are always stable\n"
+    harmless = Mutant("harmless", table.PYTHON, file, old, "", "", tests)
     assert copy.judge(harmless).outcome == "survived"
-    broken = Mutant("broken", table.EMULATED, file, old, "no C++", "", tests)
+    broken = Mutant("broken", table.PYTHON, file, old, "no Python", "", tests)
+    with pytest.raises(BrokenRun, match="mutant broken: pytest ended with status"):
+        copy.judge(broken)
+    assert old in find_anchor(harmless, tmp_path)  # taken out again
+    broken = Mutant("broken", table.EMULATED, "ffi/plan.cc", "LaunchPlan();", "no C++", "", tests)
     with pytest.raises(BrokenRun, match="mutant broken: compiling the emulated kernel failed"):
         copy.judge(broken)
-    assert find_anchor(harmless, tmp_path)  # taken out again
 
 
 def test_wrong_arguments_are_explained():

@@ -211,8 +211,12 @@ class Workspace:
 
     def _run_kernel(self, cases: tuple[str, ...]) -> tuple[str, str, str]:
         architecture = os.environ.get("JAX_TOPK_MUTATIONS_ARCH", "90a")
+        nvcc = shutil.which(os.environ.get("CUDACXX", "nvcc"))
+        if nvcc is None:
+            raise BrokenRun("there is no nvcc on PATH; set CUDACXX to one")
+        libraries = pathlib.Path(nvcc).resolve().parents[1] / "lib"  # of an nvcc from PyPI
         _run(
-            ["nvcc", "-std=c++17", "-O3", "-I", "ffi", "-o", "run_kernel"]
+            [nvcc, f"-L{libraries}", "-std=c++17", "-O3", "-I", "ffi", "-o", "run_kernel"]
             + [f"-gencode=arch=compute_{architecture},code=sm_{architecture}"]
             + [
                 "ffi/tools/run_kernel.cu",
