@@ -8,6 +8,7 @@ import json
 import platform
 from importlib import metadata
 
+from . import waits
 from .table import Mutant
 from .workspace import Verdict
 
@@ -70,7 +71,8 @@ def markdown(results: dict) -> str:
         "Written by `python -m tests.mutations --markdown`; do not edit.",
         "",
         f"{results['killed']} killed, {results['survived']} survived, with Python"
-        f" {results['python']} and jax {results['jax']}.",
+        f" {results['python']} and jax {results['jax']}. Those of target gpu (instructions, launch)"
+        " are separate: `python -m tests.mutations --gpu`.",
         "",
         "| target | killed | survived |",
         "|---|---|---|",
@@ -89,4 +91,6 @@ def markdown(results: dict) -> str:
         )
         why = m["why"].replace("|", "\\|")
         lines.append(f"| {m['name']} | `{m['file']}` | {why} | {how} |")
+    lines += ["", "Waits of the kernel that no test can miss, and why:", ""]
+    lines += [f"- *{wait}*: {reason}." for wait, reason in waits.REDUNDANT.items()]
     return "\n".join(lines) + "\n"

@@ -24,14 +24,18 @@ ROOT = pathlib.Path(__file__).parents[2]
 FOLDERS = ("ffi", "jax_topk", "tests")
 TIMEOUT_S = 100  # of one mutant's tests, which take seconds: beyond it something waits forever
 
-# An editable install redirects `import jax_topk` to the checkout, past the copy.
-_NO_REDIRECTION = (
-    "import sys; sys.meta_path[:] = [finder for finder in sys.meta_path"
-    " if type(finder).__name__ != 'ScikitBuildRedirectingFinder']; "
-)
-_PYTEST = f"{_NO_REDIRECTION}import pytest; sys.exit(pytest.main(sys.argv[1:]))"
-_WHERE = f"{_NO_REDIRECTION}import jax_topk; print(jax_topk.__file__)"
-_INSTALLED_CPU = "from jax_topk import _native; print(getattr(_native.CPU.module, '__file__', ''))"
+# Runs pytest in the folder that it is started in. An editable install would redirect
+# `import jax_topk` to the checkout, past the copy.
+_PYTEST = """
+import os, sys
+sys.meta_path[:] = [f for f in sys.meta_path if type(f).__name__ != "ScikitBuildRedirectingFinder"]
+import pytest
+status = pytest.main(sys.argv[1:])
+where = getattr(sys.modules.get("jax_topk"), "__file__", "nothing")
+if not where.startswith(os.getcwd()):
+    sys.exit(f"the tests imported {where} in place of the copy in {os.getcwd()}")
+sys.exit(status)
+"""
 
 
 class BrokenRun(Exception):
@@ -87,7 +91,7 @@ class Workspace:
     """A folder with copies of the sources, and what is built from them."""
 
     def __init__(self, folder: pathlib.Path):
-        self.folder = folder
+        self.folder = folder.resolve()
         ignored = shutil.ignore_patterns("__pycache__", "*.so", ".hypothesis")
         for name in FOLDERS:
             shutil.copytree(ROOT / name, folder / name, ignore=ignored)
@@ -100,15 +104,12 @@ class Workspace:
         """Builds what the targets need, from the sources as they are."""
         self._intact_cpu = self._build_cpu(keep=True) if CPU in targets else self._installed_cpu()
         self._use_cpu(self._intact_cpu)
-        where = _run([sys.executable, "-c", _WHERE], self.folder, "importing the copy").strip()
-        if self.folder not in pathlib.Path(where).parents:
-            raise BrokenRun(f"tests would import {where} in place of the copy in {self.folder}")
 
     def _installed_cpu(self) -> pathlib.Path:
-        found = _run([sys.executable, "-c", _INSTALLED_CPU], ROOT, "importing jax_topk").strip()
-        if not found:
-            raise BrokenRun("the CPU target is not built; run `pip install .` first")
-        return pathlib.Path(found)
+        for folder in (ROOT, *map(pathlib.Path, sys.path)):
+            for module in (folder / "jax_topk").glob("_cpu.*.so"):
+                return module
+        raise BrokenRun("the CPU target is not built; run `pip install .` first")
 
     def _build_cpu(self, keep: bool = False) -> pathlib.Path:
         build = self.folder / "build"
