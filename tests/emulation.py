@@ -1,6 +1,7 @@
 """Runs the CUDA kernel's own code on the CPU, one fiber per GPU thread (see `emulated/ptx.cuh`)."""
 
 import ctypes
+import os
 import pathlib
 import subprocess
 
@@ -8,6 +9,7 @@ import numpy as np
 
 _FOLDER = pathlib.Path(__file__).parent / "emulated"
 _DTYPES = {"float32": 0, "bfloat16": 1, "float16": 2}
+SCHEDULES = ("sweep", "eager", "late")  # as `Schedule` in emulated/emulate.cc
 _GUARD = 64  # elements before and after each output that must stay untouched
 
 H100 = {
@@ -19,7 +21,14 @@ H100 = {
 
 
 def build(folder: pathlib.Path, *flags: str) -> ctypes.CDLL:
-    """Compiles the emulation into `folder` and loads it; needs a C++17 compiler."""
+    """Compiles the emulation into `folder` and loads it; needs a C++17 compiler.
+
+    Loads `JAX_TOPK_EMULATION` instead, where that names a library: `tests/mutations` compiles its
+    own, so that a mutant that does not compile is not taken for one that a test has caught.
+    """
+    built = os.environ.get("JAX_TOPK_EMULATION")
+    if built:
+        return ctypes.CDLL(built)
     library = folder / "libjax_topk_emulation.so"
     subprocess.run(
         ["g++", "-std=c++17", "-O2", "-g", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas"]
@@ -49,12 +58,17 @@ def top_k(
     with_values: bool = True,
     plan: str = "",
     limits: dict[str, int] = H100,
+    schedule: str = "sweep",
     seed: int = 0,
 ) -> tuple[np.ndarray | None, np.ndarray]:
     """One emulated launch on `x` `[rows, width]`; returns (values or None, indices), `[rows, k]`.
 
+    `schedule` orders the threads and says when copies and messages arrive: `"sweep"` is fair, in
+    `"eager"` and `"late"` one warp runs ahead of all others. `seed` draws what it leaves open.
+
     Raises:
-      RuntimeError: the launch cannot be planned, or the kernel deadlocked.
+      RuntimeError: the launch cannot be planned, the kernel deadlocked, or it read outside the
+        operand.
       AssertionError: something outside the outputs was written.
     """
     rows, width = x.shape
@@ -74,7 +88,8 @@ def top_k(
     pointer(values) if with_values else None, pointer(indices),
     ctypes.c_int64(rows), ctypes.c_int64(width), ctypes.c_int64(k),
     _DTYPES[x.dtype.name], int(smallest), int(sorted), plan.encode(),
-    (ctypes.c_int64 * 4)(*(limits[name] for name in names)), ctypes.c_uint(seed),
+    (ctypes.c_int64 * 4)(*(limits[name] for name in names)),
+    SCHEDULES.index(schedule), ctypes.c_uint(seed),
     error, ctypes.c_size_t(len(error)),
   )  # fmt: skip
     if status != 0:

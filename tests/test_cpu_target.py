@@ -139,11 +139,38 @@ def test_widths_around_the_blocks_of_the_scan(width):
         check(x, k, lengths=[width, width - 1, width, k, k - 1])
 
 
+@pytest.mark.parametrize("mode", ["largest", "smallest"])
+def test_zeros_behind_the_end_are_no_elements(mode):
+    """The last block of a scan is filled up with zeros, which here are better than all elements."""
+    x = 1 + np.abs(normal((8, 3000)))
+    x = -x if mode == "largest" else x
+    x[:, 2900:] = 0
+    lengths = [2900, 2899, 1000, 1025, 191, 193, 130, 127]
+    for k in (1, 16, 100):
+        check(x, k, lengths=lengths, mode=mode)
+
+
 def test_poison_outside_the_window_is_not_seen():
     x = np.full((4, 5000), np.nan, np.float32)
     x[:, 1000:3000] = normal((4, 2000))
     check(x, 50, starts=[1000] * 4, lengths=[2000, 1999, 49, 1])
     check(x, 50, starts=[1000] * 4, lengths=[2000, 1999, 49, 1], mode="smallest")
+
+
+def test_an_operand_of_more_than_2_31_elements():
+    """The last row begins at element 2^31. Only what is written here takes memory."""
+    rows, width, alignment = 33, 1 << 26, 64
+    memory = np.zeros(rows * width + alignment, np.float16)
+    first = -memory.ctypes.data % alignment // memory.itemsize
+    x = memory[first : first + rows * width].reshape(rows, width)
+    x[-1, :5000] = normal(5000, np.float16)
+    operand = jax.device_put(x, jax.devices("cpu")[0])
+    assert operand.unsafe_buffer_pointer() == x.ctypes.data, "a copy would take 4 GB"
+    lengths = np.zeros(rows, np.int32)
+    lengths[-1] = 5000
+    _, indices = top_k(operand, 20, lengths=lengths, implementation="cpu")
+    wanted = np.argsort(-ordered(x[-1, :5000]), kind="stable")[:20]
+    np.testing.assert_array_equal(indices[-1], wanted)
 
 
 def test_calls_from_many_threads_agree():

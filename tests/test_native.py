@@ -255,3 +255,17 @@ def test_handlers_explain_wrong_calls():
     ]:
         with pytest.raises(jax.errors.JaxRuntimeError, match=message):
             call(*arguments)
+
+    def call_with_values(values, k=2):
+        results = (values, jax.ShapeDtypeStruct((3, k), np.int32))
+        with jax.default_device(jax.devices("cpu")[0]):
+            call = jax.ffi.ffi_call(_native.TARGET_VALUES_INDICES, results)
+            return call(x, counts, counts, smallest=False, sorted=False, plan="")
+
+    assert call_with_values(jax.ShapeDtypeStruct((3, 2), np.float32))[0].shape == (3, 2)
+    for values, message in [
+        (jax.ShapeDtypeStruct((3, 2), np.float16), "values has element type F16"),
+        (jax.ShapeDtypeStruct((3, 1), np.float32), "values has shape .3, 1."),
+    ]:
+        with pytest.raises(jax.errors.JaxRuntimeError, match=message):
+            call_with_values(values)

@@ -113,6 +113,30 @@ def test_a_cluster_beyond_the_device_is_refused():
         plan(1, 163840, device="RTX", overrides="cluster=16")
 
 
+@pytest.mark.parametrize("candidates", [4, 5, 6, 7])
+def test_capacities_are_whole_vectors(candidates):
+    """Lists and candidates are moved four at a time."""
+    for k in (1, 2047, 2048):
+        capacity = plan(1, 9000, k, overrides=f"candidates={candidates}")["list_capacity"]
+        assert capacity % 4 == 0
+        assert k + candidates <= capacity < k + candidates + 4
+
+
+def test_the_runtime_keeps_a_share_of_an_sm():
+    """A block may ask for all that an SM has, but 1024 bytes of it are the runtime's."""
+    module = _native.CPU.module
+    assert module is not None
+    limits = {**LIMITS["A100"], "smem_per_block_bytes": 167936}
+    for k in (2048, 4096):
+        result = module.plan_launch(1, 163840, k, "float32", False, limits, "")
+        assert result["smem_bytes"] <= limits["smem_per_sm_bytes"] - 1024
+    # An SM that is one byte short of this plan and the runtime's share gets a smaller plan.
+    wanted = plan(1, 163840, device="A100")["smem_bytes"]
+    tight = {**limits, "smem_per_block_bytes": wanted, "smem_per_sm_bytes": wanted + 1023}
+    result = module.plan_launch(1, 163840, 2048, "float32", False, tight, "")
+    assert result["smem_bytes"] < wanted
+
+
 def test_too_little_shared_memory_is_refused():
     small = {**LIMITS["H100"], "smem_per_block_bytes": 49152}
     module = _native.CPU.module

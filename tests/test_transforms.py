@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import types
 
 import inputs
 import jax
@@ -102,6 +103,9 @@ def test_unused_values_cost_nothing(top_k, runner):
     assert targets(lambda x: top_k(x, 4)[0] * 0) == {"values_indices"}
     dropped = jax.jit(lambda x: top_k(x, 4, sorted=False)[1])(x)
     assert_same(np.asarray(dropped), oracle.top_k_indices(x, 4))
+    # The indices of sorted results are in the order of values, which somebody has to look at.
+    assert targets(lambda x: top_k(x, 4)[1]) == {"values_indices"}
+    assert_same(np.asarray(jax.jit(lambda x: top_k(x, 4)[1])(x)), oracle.top_k(x, 4)[1])
 
 
 def test_under_jit_and_without_jit(top_k):
@@ -364,6 +368,10 @@ def test_padding_has_no_gradient(top_k):
     gradient = jax.grad(lambda x: jnp.sum(values(x)))(x)
     assert np.asarray(gradient).sum() == 3
     assert (np.asarray(gradient)[1] == 0).all()
+    # With a start, -1 + start is an element in front of the window.
+    _, pullback = jax.vjp(lambda x: top_k(x, 6, lengths=2, row_starts=5)[0], x)
+    (gradient,) = pullback(np.ones((2, 6), np.float32))
+    assert np.flatnonzero(np.asarray(gradient)[0]).tolist() == [5, 6]
 
 
 @pytest.mark.parametrize("axis", [0, 1])
@@ -467,10 +475,14 @@ def test_gradients_of_narrow_floats(top_k, dtype):
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 @pytest.mark.parametrize("k", [1, 4096, 4097])
-def test_the_choice_by_platform_dtype_and_k(dtype, k):
+@pytest.mark.parametrize("has_cuda", [True, False])
+def test_the_choice_by_platform_dtype_and_k(monkeypatch, dtype, k, has_cuda):
     native = jax_topk._native
+    # The choice needs no GPU: whether the target was built is all that it asks.
+    module = types.ModuleType("_cuda") if has_cuda else None
+    monkeypatch.setattr(native, "CUDA", native.Native("cuda", module, "for this test"))
     cpu = "cpu" if native.CPU.is_available else "xla"
-    cuda = "cuda" if native.CUDA.is_available and k <= native.MAX_K else "xla"
+    cuda = "cuda" if has_cuda and k <= native.MAX_K else "xla"
     assert _lowering.choose("cpu", dtype, k, None) == cpu
     assert _lowering.choose("cuda", dtype, k, None) == cuda
     assert _lowering.choose("tpu", dtype, k, None) == "xla"

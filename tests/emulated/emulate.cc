@@ -5,8 +5,10 @@
 #include <sys/mman.h>
 #include <ucontext.h>
 
+#include <algorithm>
 #include <cstdio>
 #include <memory>
+#include <numeric>
 #include <random>
 #include <string>
 #include <vector>
@@ -18,6 +20,20 @@ namespace jax_topk {
 namespace {
 
 constexpr size_t kStackBytes = 64 * 1024;
+
+// Behind each CTA's shared memory, so that what is written there is noticed.
+constexpr size_t kGuardBytes = 64 * 1024;
+constexpr unsigned char kGuard = 0xa5;
+
+// Who runs next, and when what is in flight arrives. The hardware may choose any order, so all have
+// to give one result. A missing barrier often needs one warp far ahead of the others, and a missing
+// wait needs data that comes late: a fair order meets neither.
+enum class Schedule : int {
+  kSweep = 0,  // all threads in turn, from a place and in a direction drawn for every sweep; copies
+               // and remote stores arrive at a time that is drawn too
+  kEager = 1,  // one warp as far as it gets, then the next; what is sent arrives at once
+  kLate = 2,   // the same; what is sent arrives when it is waited for or no thread can go on
+};
 
 struct PendingCopy {
   void* to;
@@ -31,7 +47,7 @@ struct Warp {
 };
 
 struct Block {
-  std::vector<unsigned char> shared;
+  std::vector<unsigned char> shared;  // and the guard
   int num_alive = kThreads;
   int num_arrived = 0;
   int64_t num_barriers = 0;
@@ -44,6 +60,9 @@ struct Fiber {
   int rank = 0;
   int thread = 0;
   bool is_done = false;
+  // What the fiber waits for, on its stack; null while it can go on.
+  bool (*is_met)(const void* condition) = nullptr;
+  const void* condition = nullptr;
   int64_t num_exchanges = 0;
   std::vector<std::vector<PendingCopy>> groups;  // committed, oldest first
   std::vector<PendingCopy> open_group;
@@ -59,18 +78,32 @@ struct Message {
 struct Emulator {
   const TopKArgs* args;
   void (*kernel)(const TopKArgs&);
+  Schedule schedule;
   std::mt19937 random;
   std::vector<Block> blocks;
   std::vector<Fiber> fibers;
+  std::vector<int> warps;  // of the whole cluster, the next to run first
+  unsigned demotion = 0;   // one step in so many puts the first warp last
   std::vector<Message> messages;
   int64_t row = 0;
   int num_cluster_arrivals = 0;
-  int64_t num_events = 0;  // a sweep without one is a deadlock
+  int num_done = 0;   // fibers
+  std::string error;  // the first thing that went wrong
   ucontext_t scheduler;
   Fiber* current = nullptr;
 };
 
 Emulator* emulator = nullptr;
+
+void Fail(const std::string& error) {
+  if (emulator->error.empty()) emulator->error = error;
+}
+
+// Whether something that may arrive at any time arrives now.
+bool ArrivesNow() {
+  return emulator->schedule == Schedule::kEager ||
+         (emulator->schedule == Schedule::kSweep && (emulator->random() & 1) != 0);
+}
 
 // The mbarrier: bytes still missing (signed), pending arrivals, and the phase.
 struct BarrierState {
@@ -90,15 +123,18 @@ void UpdateBarrier(void* address, int32_t bytes, int arrivals) {
     state.pending = 1;
   }
   std::memcpy(address, &state, sizeof(state));
-  ++emulator->num_events;
 }
 
 void Yield() { swapcontext(&emulator->current->context, &emulator->scheduler); }
 
 template <typename Condition>
-void WaitUntil(Condition condition) {
-  while (!condition()) Yield();
-  ++emulator->num_events;
+void WaitUntil(const Condition& condition) {
+  if (condition()) return;
+  Fiber* fiber = emulator->current;
+  fiber->condition = &condition;
+  fiber->is_met = [](const void* own) { return (*static_cast<const Condition*>(own))(); };
+  Yield();
+  fiber->is_met = nullptr;
 }
 
 void LeaveBarrier(Block* block) {
@@ -113,31 +149,106 @@ void RunFiber() {
   emulator->kernel(*emulator->args);
   fiber->is_done = true;
   --fiber->block->num_alive;
+  ++emulator->num_done;
   LeaveBarrier(fiber->block);
-  ++emulator->num_events;
   Yield();
 }
 
 void Deliver(const Message& message) {
   Block& block = emulator->blocks[message.rank];
   if (block.num_alive == 0) {
-    std::fprintf(stderr, "emulation: a message reached CTA %d after it had ended\n", message.rank);
-    std::abort();
+    return Fail("a message reached CTA " + std::to_string(message.rank) + " after it had ended");
   }
   std::memcpy(block.shared.data() + message.offset, message.bytes.data(), message.bytes.size());
   UpdateBarrier(block.shared.data() + message.barrier_offset,
                 -static_cast<int32_t>(message.bytes.size()), 0);
 }
 
+// Runs a fiber until it waits, if it can go on.
+bool Resume(Fiber& fiber) {
+  if (fiber.is_done || (fiber.is_met != nullptr && !fiber.is_met(fiber.condition))) return false;
+  emulator->current = &fiber;
+  swapcontext(&emulator->scheduler, &fiber.context);
+  return true;
+}
+
+// DeliverSome, RunAllInTurn and RunFirstWarp return whether anything went on.
+
+bool DeliverSome() {
+  Emulator& e = *emulator;
+  std::vector<Message> in_flight;
+  in_flight.swap(e.messages);
+  std::shuffle(in_flight.begin(), in_flight.end(), e.random);
+  for (size_t i = 0; i < in_flight.size(); ++i) {
+    if (i == 0 || (e.random() & 1) != 0) {
+      Deliver(in_flight[i]);
+    } else {
+      e.messages.push_back(std::move(in_flight[i]));
+    }
+  }
+  return !in_flight.empty();
+}
+
+// Puts the warps in the order in which they are to lead: in half of all runs CTA by CTA, so that
+// one has sent all that it can before another one begins.
+void DrawOrder() {
+  Emulator& e = *emulator;
+  e.warps.resize(e.fibers.size() / 32);
+  std::iota(e.warps.begin(), e.warps.end(), 0);
+  std::shuffle(e.warps.begin(), e.warps.end(), e.random);
+  std::vector<int> places(e.blocks.size());  // of the CTAs
+  std::iota(places.begin(), places.end(), 0);
+  std::shuffle(places.begin(), places.end(), e.random);
+  if ((e.random() & 1) != 0) {
+    std::stable_sort(e.warps.begin(), e.warps.end(),
+                     [&](int a, int b) { return places[a / kWarps] < places[b / kWarps]; });
+  }
+  e.demotion = (e.random() & 1) != 0 ? 16 : 1024;
+}
+
+bool RunAllInTurn() {
+  Emulator& e = *emulator;
+  const size_t num_fibers = e.fibers.size();
+  const size_t start = e.random() % num_fibers;
+  const bool backwards = (e.random() & 1) != 0;
+  bool is_running = false;
+  for (size_t i = 0; i < num_fibers; ++i) {
+    const size_t place = backwards ? num_fibers - 1 - i : i;
+    is_running |= Resume(e.fibers[(start + place) % num_fibers]);
+  }
+  return is_running;
+}
+
+// Runs the first warp that can go on as far as it gets. Now and then it becomes the last: a warp
+// that leads everywhere would hide what it never waits for (S. Burckhardt et al., "A randomized
+// scheduler with probabilistic guarantees of finding bugs", 2010).
+bool RunFirstWarp() {
+  Emulator& e = *emulator;
+  for (size_t place = 0; place < e.warps.size(); ++place) {
+    const int first = 32 * e.warps[place];
+    bool is_running = false;
+    for (bool goes_on = true; goes_on;) {
+      goes_on = false;
+      const int order = static_cast<int>(e.random() % 32);  // 0: forwards, 31: backwards
+      for (int i = 0; i < 32; ++i) goes_on |= Resume(e.fibers[first + (i ^ order)]);
+      is_running |= goes_on;
+    }
+    if (!is_running) continue;
+    if (e.random() % e.demotion == 0)
+      std::rotate(&e.warps[place], &e.warps[place + 1], &e.warps.back() + 1);
+    return true;
+  }
+  return false;
+}
+
 // Returns an empty string, or what went wrong.
 std::string RunCluster() {
   Emulator& e = *emulator;
-  const size_t num_fibers = e.fibers.size();
-  const size_t stacks_bytes = num_fibers * kStackBytes;
+  const size_t stacks_bytes = e.fibers.size() * kStackBytes;
   void* stacks = mmap(nullptr, stacks_bytes, PROT_READ | PROT_WRITE,
                       MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
   if (stacks == MAP_FAILED) return "no memory for the fibers' stacks";
-  for (size_t i = 0; i < num_fibers; ++i) {
+  for (size_t i = 0; i < e.fibers.size(); ++i) {
     Fiber& fiber = e.fibers[i];
     getcontext(&fiber.context);
     fiber.context.uc_stack.ss_sp = static_cast<char*>(stacks) + i * kStackBytes;
@@ -145,40 +256,16 @@ std::string RunCluster() {
     fiber.context.uc_link = nullptr;
     makecontext(&fiber.context, RunFiber, 0);
   }
-  std::string error;
-  size_t num_done = 0;
-  while (num_done < num_fibers && error.empty()) {
-    const int64_t events_before = e.num_events;
-    // Deliver about half of the messages in flight, in any order.
-    std::vector<Message> in_flight;
-    in_flight.swap(e.messages);
-    const size_t num_messages = in_flight.size();
-    for (Message& message : in_flight) {
-      if (num_messages < 4 || (e.random() & 1) != 0) {
-        Deliver(message);
-      } else {
-        e.messages.push_back(std::move(message));
-      }
-    }
-    const size_t start = e.random() % num_fibers;
-    const bool backwards = (e.random() & 1) != 0;
-    num_done = 0;
-    for (size_t i = 0; i < num_fibers; ++i) {
-      const size_t place = backwards ? num_fibers - 1 - i : i;
-      Fiber& fiber = e.fibers[(start + place) % num_fibers];
-      if (!fiber.is_done) {
-        e.current = &fiber;
-        swapcontext(&e.scheduler, &fiber.context);
-      }
-      if (fiber.is_done) ++num_done;
-    }
-    if (e.num_events == events_before && e.messages.empty() && num_done < num_fibers) {
-      error = "deadlock: no thread of the cluster can go on";
-    }
+  DrawOrder();
+  const int num_fibers = static_cast<int>(e.fibers.size());
+  while (e.num_done < num_fibers && e.error.empty()) {
+    bool is_running = e.schedule == Schedule::kSweep && DeliverSome();
+    is_running |= e.schedule == Schedule::kSweep ? RunAllInTurn() : RunFirstWarp();
+    if (!is_running && !DeliverSome()) Fail("deadlock: no thread of the cluster can go on");
   }
   munmap(stacks, stacks_bytes);
-  if (error.empty() && !e.messages.empty()) error = "messages left undelivered at the end";
-  return error;
+  if (!e.messages.empty()) Fail("messages left undelivered at the end");
+  return e.error;
 }
 
 template <typename T>
@@ -188,7 +275,7 @@ void Kernel(const TopKArgs& args) {
 
 std::string RunRows(const Problem& problem, const DeviceLimits& limits,
                     const std::string& overrides, const TopKBuffers& buffers, bool is_smallest,
-                    unsigned seed) {
+                    Schedule schedule, unsigned seed) {
   PlanOverrides parsed;
   LaunchPlan plan;
   std::string error = ParsePlanOverrides(overrides, &parsed);
@@ -202,13 +289,16 @@ std::string RunRows(const Problem& problem, const DeviceLimits& limits,
     run.kernel = problem.dtype == DType::kFloat32    ? Kernel<Float32>
                  : problem.dtype == DType::kBFloat16 ? Kernel<BFloat16>
                                                      : Kernel<Float16>;
+    run.schedule = schedule;
     run.random.seed(seed + static_cast<unsigned>(row));
     run.row = row;
     run.blocks.resize(plan.cluster_size);
     run.fibers.resize(static_cast<size_t>(plan.cluster_size) * kThreads);
     for (Block& block : run.blocks) {
-      block.shared.resize(plan.smem_bytes);
-      for (unsigned char& byte : block.shared) byte = static_cast<unsigned char>(run.random());
+      block.shared.resize(plan.smem_bytes + kGuardBytes, kGuard);
+      const auto end = block.shared.begin() + plan.smem_bytes;
+      std::generate(block.shared.begin(), end,
+                    [&] { return static_cast<unsigned char>(run.random()); });
     }
     for (size_t i = 0; i < run.fibers.size(); ++i) {
       run.fibers[i].rank = static_cast<int>(i) / kThreads;
@@ -216,6 +306,11 @@ std::string RunRows(const Problem& problem, const DeviceLimits& limits,
       run.fibers[i].block = &run.blocks[run.fibers[i].rank];
     }
     error = RunCluster();
+    for (const Block& block : run.blocks) {
+      const bool is_intact = std::all_of(block.shared.begin() + plan.smem_bytes, block.shared.end(),
+                                         [](unsigned char byte) { return byte == kGuard; });
+      if (!is_intact && error.empty()) error = "written behind the shared memory";
+    }
     if (!error.empty()) return "row " + std::to_string(row) + ": " + error;
   }
   return "";
@@ -224,6 +319,20 @@ std::string RunRows(const Problem& problem, const DeviceLimits& limits,
 void FinishCopies(std::vector<PendingCopy>& group) {
   for (const PendingCopy& copy : group) std::memcpy(copy.to, copy.from, kVectorBytes);
   group.clear();
+}
+
+// Whether a vector lies in a buffer, at an address that the hardware takes.
+bool Holds(const void* buffer, int64_t buffer_bytes, const void* vector, const char* name) {
+  const auto address = reinterpret_cast<uintptr_t>(vector);
+  const auto first = reinterpret_cast<uintptr_t>(buffer);
+  const bool is_inside = address >= first && address + kVectorBytes <= first + buffer_bytes;
+  if (!is_inside) Fail(std::string("a vector was accessed outside ") + name);
+  if (address % kVectorBytes != 0) Fail(std::string("a vector is misaligned in ") + name);
+  return is_inside;
+}
+
+bool IsInOperand(const void* vector) {
+  return Holds(emulator->args->operand, emulator->args->operand_bytes, vector, "the operand");
 }
 
 }  // namespace
@@ -257,8 +366,19 @@ const uint32_t* WarpExchange(uint32_t value) {
   return warp.lanes[slot];
 }
 
+uint4 LoadReadOnly(const uint4* pointer) {
+  return IsInOperand(pointer) ? *pointer : make_uint4(0, 0, 0, 0);
+}
+
 void CopyAsync16(void* shared, const void* global) {
-  emulator->current->open_group.push_back({shared, global});
+  const int64_t shared_bytes = emulator->args->layout.total_bytes;
+  if (!Holds(SharedMemory(), shared_bytes, shared, "shared memory")) return;
+  if (!IsInOperand(global)) return;
+  if (ArrivesNow()) {
+    std::memcpy(shared, global, kVectorBytes);
+  } else {
+    emulator->current->open_group.push_back({shared, global});
+  }
 }
 void CopyAsyncCommit() {
   Fiber* fiber = emulator->current;
@@ -288,15 +408,11 @@ void BarrierWait(MBarrier* barrier, uint32_t parity) {
   });
 }
 
-void ClusterArrive() {
-  ++emulator->num_cluster_arrivals;
-  ++emulator->num_events;
-}
+void ClusterArrive() { ++emulator->num_cluster_arrivals; }
 void ClusterWait() {
-  WaitUntil([] {
-    int num_left = 0;  // threads that have ended count as arrived
-    for (const Fiber& fiber : emulator->fibers) num_left += fiber.is_done ? 1 : 0;
-    return emulator->num_cluster_arrivals + num_left >= static_cast<int>(emulator->fibers.size());
+  WaitUntil([] {  // threads that have ended count as arrived
+    return emulator->num_cluster_arrivals + emulator->num_done >=
+           static_cast<int>(emulator->fibers.size());
   });
 }
 
@@ -313,28 +429,33 @@ void SendBytes(uint32_t remote, const void* bytes, uint32_t count, uint32_t remo
   message.bytes.assign(first, first + count);
   message.barrier_offset = remote_barrier & 0xffffff;
   if (message.offset % count != 0 || remote_barrier >> 24 != remote >> 24) {
-    std::fprintf(stderr, "emulation: misaligned remote store, or its barrier is elsewhere\n");
-    std::abort();
+    return Fail("a remote store is misaligned, or its barrier is in another CTA");
   }
+  const int64_t shared_bytes = emulator->args->layout.total_bytes;
+  if (message.rank >= static_cast<int>(emulator->blocks.size()) ||
+      message.offset + int64_t{count} > shared_bytes) {
+    return Fail("a remote store goes outside the cluster's shared memory");
+  }
+  if (emulator->schedule == Schedule::kEager) return Deliver(message);
   emulator->messages.push_back(std::move(message));
-  ++emulator->num_events;
 }
 
 }  // namespace jax_topk
 
 // Returns 0, or 1 with a sentence in `error`. `limits`: num_sms, smem_per_block_bytes,
-// smem_per_sm_bytes, max_cluster_size.
+// smem_per_sm_bytes, max_cluster_size. `schedule`: as Schedule.
 extern "C" int jax_topk_emulate(const void* operand, const int32_t* starts, const int32_t* lengths,
                                 void* values, int32_t* indices, int64_t rows, int64_t width,
                                 int64_t k, int dtype, int is_smallest, int is_sorted,
-                                const char* overrides, const int64_t* limits, unsigned seed,
-                                char* error, size_t error_bytes) {
+                                const char* overrides, const int64_t* limits, int schedule,
+                                unsigned seed, char* error, size_t error_bytes) {
   using namespace jax_topk;
   const TopKBuffers buffers{operand, starts, lengths, values, indices};
   const Problem problem{rows, width, k, static_cast<DType>(dtype), is_sorted != 0};
   const DeviceLimits device{static_cast<int>(limits[0]), limits[1], limits[2],
                             static_cast<int>(limits[3])};
-  const std::string message = RunRows(problem, device, overrides, buffers, is_smallest != 0, seed);
+  const std::string message = RunRows(problem, device, overrides, buffers, is_smallest != 0,
+                                      static_cast<Schedule>(schedule), seed);
   std::snprintf(error, error_bytes, "%s", message.c_str());
   return message.empty() ? 0 : 1;
 }

@@ -2,12 +2,14 @@
 // tested where there is no GPU.
 //
 // Every GPU thread is a fiber. A fiber runs until it meets a barrier, a warp-wide operation or a
-// wait; the scheduler then resumes another one in an order drawn anew for every sweep. Copies and
-// remote stores arrive late, at a time the scheduler draws, so that a missing wait reads garbage.
-// Shared memory starts as random bytes. A sweep in which nothing happens is a deadlock.
+// wait; the scheduler then resumes another one. There are several schedules (see emulate.cc), among
+// them hostile ones: one warp runs as far ahead as it can, copies and remote stores arrive as early
+// or as late as they may, so that a missing barrier or wait reads garbage. Shared memory starts as
+// random bytes. Vectors are checked to lie in the operand. A cluster of which no thread can go on
+// is a deadlock.
 //
-// What it cannot see: races between accesses without a barrier in between on real hardware, and
-// memory ordering. compute-sanitizer on a GPU is for these.
+// What it cannot see: races within the code between two such points, and memory ordering.
+// compute-sanitizer on a GPU is for these.
 
 // Included first, with the guard of the file that it replaces.
 #ifndef JAX_TOPK_CUDA_PTX_CUH_
@@ -85,7 +87,7 @@ void CopyAsyncWait() {
 inline bool Unlikely(bool condition) { return condition; }
 inline int32_t LoadWord(const int32_t* pointer) { return *pointer; }
 inline uint4 LoadShared(const uint4* pointer) { return *pointer; }
-inline uint4 LoadReadOnly(const uint4* pointer) { return *pointer; }
+uint4 LoadReadOnly(const uint4* pointer);
 inline uint32_t UpperHalves(uint32_t first, uint32_t second) {
   return first >> 16 | (second & 0xffff0000u);
 }
