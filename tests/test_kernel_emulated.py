@@ -157,15 +157,8 @@ def test_a_sample_that_misleads(library, width, cluster, schedule):
         check(library, x, k, plan=f"path=sample,cluster={cluster}", schedule=schedule)
 
 
-@pytest.mark.xfail(
-    strict=True,
-    raises=RuntimeError,
-    reason="one barrier and one set of records serve both exchanges of counts: where the bracket"
-    " need not be narrowed by a histogram in between, a CTA can send its second counts before"
-    " another one has all of the first, and the cluster deadlocks",
-)
 @pytest.mark.parametrize("schedule", ["eager", "late"])
-def test_a_second_exchange_of_counts_overtakes_the_first(library, schedule):
+def test_a_second_exchange_of_counts_may_overtake_the_first(library, schedule):
     x = rows_that_mislead_a_sample(14_000)
     for seed in range(4):
         for k in (300, 1500):
@@ -234,7 +227,7 @@ def test_lowest_key_competes_with_padding(library):
         (inputs.clustered, 700, "path=exact,cluster=3"),  # histograms that travel
         (inputs.normal, 300, "path=sample,cluster=2,candidates=4"),  # a guess that is given up
         (inputs.few_values, 300, "path=exact,cluster=1"),  # streamed, and a single key
-        (inputs.normal, 1500, "path=sample,cluster=1,stages=4"),  # streamed, more tiles in flight
+        (inputs.normal, 1500, "path=sample,cluster=1,stages=2"),  # streamed, more tiles in flight
         (inputs.normal, 300, "path=short"),
     ],
     ids=lambda value: getattr(value, "__name__", str(value)),

@@ -25,10 +25,7 @@ _TESTS = (
 )
 
 # Part of a wait's line or of its comment -> why nothing can go wrong without it.
-REDUNDANT = {
-    "the reads before the next reset": "the next reset comes a refinement later, and every"
-    " refinement passes the barriers of the search in its histogram",
-}
+REDUNDANT: dict[str, str] = {}
 
 
 def mutants(root: pathlib.Path) -> tuple[Mutant, ...]:
