@@ -158,7 +158,13 @@ def test_the_readme_lists_the_overrides_of_the_plan():
 
 @pytest.mark.parametrize(
     "command",
-    ["jax_topk", "jax_topk.bench", "jax_topk.bench.report", "examples.sparse_attention"],
+    [
+        "jax_topk",
+        "jax_topk.bench",
+        "jax_topk.bench.report",
+        "jax_topk.fuzz",
+        "examples.sparse_attention",
+    ],
 )
 def test_commands_explain_themselves(command):
     result = subprocess.run(

@@ -19,7 +19,7 @@ from collections.abc import Callable
 import numpy as np
 
 from jax_topk.fuzz import generators, windows
-from jax_topk.fuzz.plans import BOUNDARIES, PLANS, THREADS
+from jax_topk.fuzz.plans import BOUNDARIES, LONG_BOUNDARIES, PLANS, THREADS
 
 __all__ = [
     "CLASSES",
@@ -328,7 +328,7 @@ def _draw_width(rng: np.random.Generator, settings: Settings, shape: ShapeClass)
     """Any width of the class: its largest, near a boundary, or anything; rarely 0 or 1."""
     smaller = [s.width for s in settings.classes if s.width < shape.width]
     least = max(smaller, default=0)
-    near = [b + d for b in (*BOUNDARIES, 163840) for d in (-1, 0, 1, 3)]
+    near = [b + d for b in (*BOUNDARIES, *LONG_BOUNDARIES) for d in (-1, 0, 1, 3)]
     near = [w for w in near if least <= w <= shape.width] or [shape.width]
     kind = rng.random()
     if kind < 0.3:

@@ -16,7 +16,7 @@ import numpy as np
 from jax_topk.bench import oracle
 from jax_topk.fuzz import programs
 from jax_topk.fuzz.batch import Batch, Settings, draw_batch
-from jax_topk.fuzz.case import Case, case_of_batch, run_case
+from jax_topk.fuzz.case import Case, Row, case_of_batch, run_case
 from jax_topk.fuzz.shrink import shrink
 from jax_topk.fuzz.tally import Tally, call_of
 from jax_topk.fuzz.targets import Target
@@ -49,6 +49,15 @@ class Failure:
 
     problems: tuple[str, ...]
     rows: tuple[int, ...]
+
+
+class DeviceLostError(RuntimeError):
+    """A case after which the device answers nothing any more in this process."""
+
+    def __init__(self, case: Case):
+        """Keeps the case."""
+        super().__init__(f"the device answers nothing any more after {case}")
+        self.case = case
 
 
 class Progress:
@@ -135,6 +144,7 @@ class Runner:
         self.target = target
         self.watchdog = watchdog
         self.oracle_rows = 0
+        self.is_device_lost = False
 
     def draw(self, seed: int, index: int) -> Batch:
         """Draws a batch."""
@@ -230,7 +240,11 @@ class Runner:
     # --- failures ---------------------------------------------------------------------------------
 
     def fails(self, case: Case) -> bool:
-        """Whether a case fails in one of a few runs."""
+        """Whether a case fails in one of a few runs.
+
+        Raises:
+            DeviceLostError: it fails, and after it so does everything else.
+        """
 
         def describe() -> str:
             return f"It was running a case.\nreplay: {command(str(case))}"
@@ -240,23 +254,50 @@ class Runner:
                 try:
                     if run_case(case, self.target):
                         return True
+                except ValueError:
+                    return False  # the target refuses it: not what went wrong
                 except RuntimeError:
+                    if not self._is_device_alive():
+                        raise DeviceLostError(case) from None
                     return True
         return False
+
+    def _is_device_alive(self) -> bool:
+        """Whether the simplest of all cases runs."""
+        rows = (Row("equal:0", 0, 4, "noise"),)
+        name = self.target.implementation
+        entry = "jit" if name == "xla" else "native"
+        try:
+            run_case(
+                Case(name, "float32", 4, 1, "largest", "indices", "", entry, 0, rows), self.target
+            )
+        except RuntimeError:
+            return False
+        return True
 
     def explain(self, batch: Batch, failure: Failure, seconds: float) -> str:
         """Finds a small reproducer and returns its replay line.
 
         Where no row fails alone and no launch fails again, the line replays the whole batch.
         """
-        for rows in self._suspects(batch, failure):
-            case = case_of_batch(self.settings.implementation, batch, rows)
-            if self.fails(case):
-                smallest, attempts = shrink(case, self.fails, seconds=seconds)
-                print(f"shrunk in {attempts} attempts", file=sys.stderr)
-                return command(str(smallest))
+        whole = command(batch_spec(self.settings, batch.seed, batch.index))
+        self.is_device_lost = not self._is_device_alive()
+        if self.is_device_lost:
+            print("the device answers nothing any more: nothing can be shrunk", file=sys.stderr)
+            return whole
+        try:
+            for rows in self._suspects(batch, failure):
+                case = case_of_batch(self.settings.implementation, batch, rows)
+                if self.fails(case):
+                    smallest, attempts = shrink(case, self.fails, seconds=seconds)
+                    print(f"shrunk in {attempts} attempts", file=sys.stderr)
+                    return command(str(smallest))
+        except DeviceLostError as error:
+            self.is_device_lost = True
+            print("the device answers nothing any more: no smaller case", file=sys.stderr)
+            return command(str(error.case))
         print("no row and no launch of the batch fails again by itself", file=sys.stderr)
-        return command(batch_spec(self.settings, batch.seed, batch.index))
+        return whole
 
     def _suspects(self, batch: Batch, failure: Failure) -> list[list[int]]:
         """Rows to try alone, then launches: as many of their rows as a case takes."""
@@ -321,12 +362,14 @@ def run(
                     line = runner.explain(batch, failure, shrink_seconds)
                     print(f"replay: {line}", flush=True)
                     tally.failures.append(line)
+                if runner.is_device_lost:
+                    return tally
                 progress.step(batch.rows, len(tally.failures))
                 index += 1
     finally:
+        tally.oracle_rows = runner.oracle_rows
         progress.close()
         watchdog.close()
-    tally.oracle_rows = runner.oracle_rows
     return tally
 
 

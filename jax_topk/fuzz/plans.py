@@ -16,6 +16,7 @@ __all__ = [
     "BOUNDARIES",
     "CLUSTERS",
     "KERNEL_PATHS",
+    "LONG_BOUNDARIES",
     "PATHS",
     "PLANS",
     "THREADS",
@@ -47,10 +48,14 @@ PLANS = (
 THREADS = (1, 2, 4, 8)
 """Numbers of threads that the CPU target is given, as `threads=N` in place of a plan."""
 
-# Lengths at which the kernel changes its way: the window that is copied (k, added by the tests), a
-# tile of 384 threads with 1 to 7 vectors of four floats, two such tiles, parts of 2048, and powers
-# of two.
 BOUNDARIES = (1, 512, 1536, 2048, 3072, 4608, 6144, 7680, 9216, 10752, 12288, 21504, 24576, 32768)
+"""Lengths at which the kernel changes its way: the window that is copied (k, added by the tests), a
+tile of 384 threads with 1 to 7 vectors of four floats, two such tiles, parts of 2048, and powers of
+two."""
+
+LONG_BOUNDARIES = (18432, 36864, 43008, 73728, 86016, 147456, 163840, 172032)
+"""More of them: the largest parts that 2 to 16 CTAs hold, of floats and of 16-bit types, and the
+width that the bench uses."""
 
 KERNEL_PATHS = ("nothing", "copy", "short", "resident", "streamed")
 """The ways of a row through the CUDA kernel: no result is wanted (k = 0), the whole window is the

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from jax_topk.fuzz.plans import BOUNDARIES
+from jax_topk.fuzz.plans import BOUNDARIES, LONG_BOUNDARIES
 
 __all__ = ["LENGTHS", "STARTS", "clamp", "draw_lengths", "draw_starts"]
 
@@ -57,12 +57,13 @@ def draw_lengths(
     if rng.random() < 1 / 3:
         kinds[::2] = 0
     uniform = rng.random(rows)
+    boundaries = [n for n in (*BOUNDARIES, *LONG_BOUNDARIES) if n <= width] or [width]
     candidates = (
         np.full(rows, width),
         np.floor(uniform * (width + 1)),
         np.floor(float(width + 1) ** uniform),
         np.where(rng.random(rows) < 0.7, k, 2 * k) + rng.integers(-1, 2, rows),
-        rng.choice(BOUNDARIES, size=rows) + rng.integers(-1, 2, rows),
+        rng.choice(boundaries, size=rows) + rng.integers(-1, 2, rows),
         rng.integers(1, 4, rows),
         rng.choice([0, -1, INT32_MIN], size=rows),
         np.where(uniform < 0.5, width + 1, INT32_MAX),
