@@ -91,9 +91,9 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--programs",
         type=_positive,
-        default=16,
+        default=18,
         metavar="N",
-        help="shapes that are compiled and run through the public functions (16)",
+        help="shapes that are compiled and run through the public functions (18)",
     )
     parser.add_argument(
         "--timeout",
@@ -102,6 +102,13 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="SECONDS",
         help="a batch that takes longer counts as hung: the launch and a replay line are printed"
         " and the process ends with status 2 (120; compilation included)",
+    )
+    parser.add_argument(
+        "--max-failures",
+        type=_positive,
+        default=5,
+        metavar="N",
+        help="failing batches after which the run stops (5)",
     )
     parser.add_argument("--json", metavar="FILE", help="write header and counts")
     parser.add_argument(
@@ -166,7 +173,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         programs=options.programs,
     )
     begin = time.monotonic()
-    counted = campaign.run(settings, target, options.seed, options.rows, timeout=options.timeout)
+    counted = campaign.run(
+        settings,
+        target,
+        options.seed,
+        options.rows,
+        timeout=options.timeout,
+        max_failures=options.max_failures,
+    )
     seconds = time.monotonic() - begin
     header = make_header(
         "gpu" if target.device.platform == "gpu" else "cpu",

@@ -88,7 +88,8 @@ class Settings:
         max_width: largest width of a row.
         batch_elements: about how many elements a batch holds; fixes the rows of each shape class.
         max_k: largest k.
-        programs: number of combinations that go through the public functions.
+        programs: number of combinations that go through the public functions; each class has an
+            equal part of them, and at least one.
     """
 
     implementation: str
@@ -281,8 +282,10 @@ def _draw_api_batch(
     is_legal: Callable[[int, int, int, str, str], bool],
 ) -> Batch:
     """A batch of one of the compiled combinations, which depend on the settings alone."""
-    program = np.random.default_rng([0xA91, int(rng.integers(settings.programs))])
-    shape = _draw_class(settings, program)
+    shape = _draw_class(settings, rng)
+    place = settings.classes.index(shape)
+    number = int(rng.integers(max(1, settings.programs // len(settings.classes))))
+    program = np.random.default_rng([0xA91, place, number])
     rows = batch_rows(settings, shape)
     width = _draw_width(program, settings, shape)
     dtype = str(program.choice(DTYPES, p=_DTYPE_SHARES))
