@@ -60,7 +60,11 @@ def build_parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument(
-        "--rows", type=_positive, default=3000, metavar="N", help="at least so many rows (3000)"
+        "--rows",
+        type=_positive,
+        default=3000,
+        metavar="N",
+        help="at least so many rows, k = 0 not counted (3000)",
     )
     parser.add_argument(
         "--seed",
@@ -191,7 +195,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     header |= {"seeds": list(options.seed), "seconds": round(seconds, 1)}
     print(tally.format_tables(counted))
     print(
-        f"\n{counted.rows:,} rows in {counted.launches:,} calls and {counted.batches:,} batches of"
+        f"\n{counted.rows:,} rows, {counted.rows_with_results:,} of them with k > 0, in"
+        f" {counted.launches:,} calls and {counted.batches:,} batches of"
         f" {len(options.seed)} seeds on {name} ({target.device.device_kind}), {seconds:.0f} s;"
         f" {counted.oracle_rows:,} of the rows compared with NumPy as well:"
         f" {len(counted.failures)} failures"

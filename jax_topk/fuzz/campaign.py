@@ -79,11 +79,11 @@ class Progress:
                 self._bar = tqdm.tqdm(total=total, unit="row", unit_scale=True, leave=False)
 
     def step(self, rows: int, failures: int) -> None:
-        """Counts the rows of a batch."""
-        self._done += rows
+        """Shows how many rows are done."""
+        added, self._done = rows - self._done, rows
         if self._bar is not None:
             self._bar.set_postfix_str(f"{failures} failures", refresh=False)
-            self._bar.update(rows)
+            self._bar.update(added)
             return
         now = time.monotonic()
         if now - self._last_line > self.SECONDS_BETWEEN_LINES:
@@ -334,7 +334,7 @@ def run(
         settings: of the run.
         target: what is run.
         seeds: each gets an equal part of the rows, in whole batches.
-        rows: at least so many rows in all.
+        rows: at least so many rows in all, not counting those with k = 0.
         timeout: seconds that a batch may take.
         shrink_seconds: that are spent on one failure.
         max_failures: failing batches after which the run stops.
@@ -348,7 +348,7 @@ def run(
         for number, seed in enumerate(seeds):
             goal = rows * (number + 1) // len(seeds)
             index = 0
-            while tally.rows < goal and len(tally.failures) < max_failures:
+            while tally.rows_with_results < goal and len(tally.failures) < max_failures:
                 batch = runner.draw(seed, index)
                 failure = runner.run_batch(batch)
                 tally.add(batch, target)
@@ -364,7 +364,7 @@ def run(
                     tally.failures.append(line)
                 if runner.is_device_lost:
                     return tally
-                progress.step(batch.rows, len(tally.failures))
+                progress.step(tally.rows_with_results, len(tally.failures))
                 index += 1
     finally:
         tally.oracle_rows = runner.oracle_rows

@@ -69,6 +69,7 @@ class Tally:
     def __init__(self) -> None:
         """Nothing is counted yet."""
         self.rows = 0
+        self.rows_without_results = 0  # k = 0: there is little to get wrong
         self.batches = 0
         self.launches = 0
         self.oracle_rows = 0
@@ -77,6 +78,11 @@ class Tally:
             name: collections.Counter() for name in TABLES
         }
         self.path_by_generator: dict[str, collections.Counter[str]] = {}
+
+    @property
+    def rows_with_results(self) -> int:
+        """Rows of which at least one result was wanted."""
+        return self.rows - self.rows_without_results
 
     def add(self, batch: Batch, target: Target) -> None:
         """Counts a batch that was run and checked."""
@@ -93,6 +99,7 @@ class Tally:
         _count(tables["patchwork"], ("one", "two"), (batch.first != batch.last).astype(np.int64))
         starts, lengths = windows.clamp(batch.starts, batch.lengths, batch.width)
         for launch in batch.launches:
+            self.rows_without_results += 0 if launch.k else launch.rows
             tables["mode"]["smallest" if launch.smallest else "largest"] += launch.rows
             tables["output"][launch.output] += launch.rows
             tables["k"][_range_of(launch.k)] += launch.rows
@@ -112,6 +119,7 @@ class Tally:
         """All counts, for JSON."""
         return {
             "rows": self.rows,
+            "rows_without_results": self.rows_without_results,
             "batches": self.batches,
             "launches": self.launches,
             "rows_checked_by_numpy_too": self.oracle_rows,
