@@ -1,4 +1,4 @@
-"""FFI handlers of the CPU target, and the planner of the CUDA launches."""
+"""FFI handlers of the CPU target, the selection on raw buffers, and the planner for CUDA."""
 
 from typing import TypedDict
 
@@ -30,3 +30,17 @@ def plan_launch(
     limits: DeviceLimits,
     overrides: str = "",
 ) -> LaunchPlan: ...
+def select(
+    operand: int,
+    starts: int,
+    lengths: int,
+    values: int,
+    indices: int,
+    rows: int,
+    width: int,
+    k: int,
+    dtype: str,
+    smallest: bool,
+    sorted: bool,
+    threads: int,
+) -> None: ...

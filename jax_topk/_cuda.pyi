@@ -1,4 +1,4 @@
-"""FFI handlers of the CUDA target, device facts, and timing."""
+"""FFI handlers of the CUDA target, device facts, timing, and the launch on raw buffers."""
 
 from jax_topk._cpu import DeviceLimits
 
@@ -30,3 +30,18 @@ def graph_chain(
     replays: int,
     device: int,
 ) -> list[float]: ...
+def select(
+    operand: int,
+    starts: int,
+    lengths: int,
+    values: int,
+    indices: int,
+    rows: int,
+    width: int,
+    k: int,
+    dtype: str,
+    smallest: bool,
+    sorted: bool,
+    plan: str,
+    device: int,
+) -> None: ...

@@ -1,30 +1,11 @@
 """The overrides of the CUDA launch plan that tests force, in one place (`ffi/plan.h` defines them).
 
-Every plan must give the same bits. Small values of `candidates` make lists overflow with a few
-hundred elements, `part` sets from which length on a row is shared by several CTAs, and `stages` how
-many tiles are in flight while a row is streamed.
+The legal ones and the lengths at which the kernel changes its way are those of the fuzzer.
 """
 
-PATHS = ("path=short", "path=sample", "path=exact")
-CLUSTERS = tuple(f"cluster={size}" for size in (1, 2, 4, 8, 16))
+from jax_topk.fuzz.plans import BOUNDARIES, CLUSTERS, PATHS, PLANS
 
-PLANS = (
-    "",
-    *PATHS,
-    *CLUSTERS,
-    "candidates=4",
-    "candidates=64",
-    "part=1",
-    "part=100000",
-    "stages=1",
-    "stages=2",
-    "path=exact,cluster=8",
-    "path=exact,cluster=3",
-    "path=exact,cluster=1,stages=2",
-    "path=sample,cluster=1",
-    "path=sample,cluster=16,part=64",
-    "path=sample,cluster=4,candidates=64",
-)
+__all__ = ["BOUNDARIES", "CLUSTERS", "ILLEGAL", "PATHS", "PLANS"]
 
 ILLEGAL = {
     "path=fast": "path is one of auto, short, sample, exact",

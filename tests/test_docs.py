@@ -163,6 +163,7 @@ def test_the_readme_lists_the_overrides_of_the_plan():
         "jax_topk.bench",
         "jax_topk.bench.report",
         "jax_topk.bench.sharded_tables",
+        "jax_topk.fuzz",
         "examples.sparse_attention",
         "examples.sparse_attention.context_parallel",
     ],

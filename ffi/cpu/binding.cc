@@ -1,12 +1,15 @@
 // The Python module jax_topk._cpu: FFI handlers of the CPU target, and the planner for CUDA.
 
+#include <cstdint>
 #include <exception>
 #include <functional>
 #include <new>
 #include <sstream>
 #include <string>
 #include <string_view>
+#include <thread>
 #include <utility>
+#include <vector>
 
 #include "nanobind/nanobind.h"
 #include "xla/ffi/api/ffi.h"
@@ -97,6 +100,47 @@ XLA_FFI_DEFINE_HANDLER(kIndices, Indices,
                            .Attr<bool>("sorted")
                            .Attr<std::string_view>("plan"));
 
+// Threads of its own for each piece of work, for calls outside XLA.
+class ThreadExecutor final : public Executor {
+ public:
+  explicit ThreadExecutor(int64_t num_threads) : num_threads_(num_threads) {}
+  ~ThreadExecutor() override {
+    for (std::thread& thread : threads_) thread.join();
+  }
+
+  int64_t num_threads() const override { return num_threads_; }
+  void Schedule(std::function<void()> work) override { threads_.emplace_back(std::move(work)); }
+
+ private:
+  const int64_t num_threads_;
+  std::vector<std::thread> threads_;
+};
+
+// The selection on buffers that the caller owns, so that a test can look at what lies around them.
+void Select(uint64_t operand, uint64_t starts, uint64_t lengths, uint64_t values, uint64_t indices,
+            int64_t rows, int64_t width, int64_t k, const std::string& dtype, bool smallest,
+            bool sorted, int64_t threads) {
+  if (rows < 0 || width < 0 || width > INT32_MAX || k < 0 || k > width || threads < 1) {
+    throw nb::value_error(
+        "select needs rows >= 0, 0 <= width < 2^31, 0 <= k <= width and threads >= 1");
+  }
+  const auto pointer = [](uint64_t address) {
+    return reinterpret_cast<void*>(static_cast<uintptr_t>(address));
+  };
+  TopKArgs args;
+  args.problem = Problem{rows, width, k, ParseDTypeOrThrow(dtype), sorted};
+  args.is_smallest = smallest;
+  args.operand = pointer(operand);
+  args.starts = static_cast<const int32_t*>(pointer(starts));
+  args.lengths = static_cast<const int32_t*>(pointer(lengths));
+  args.values = pointer(values);
+  args.indices = static_cast<int32_t*>(pointer(indices));
+  nb::gil_scoped_release unlocked;
+  // One thread is the caller's own: a pool of none.
+  ThreadExecutor executor(threads == 1 ? 0 : threads);
+  RunTopK(args, executor);
+}
+
 nb::dict Registrations() {
   nb::dict handlers;
   handlers["jax_topk_v1_values_indices"] = nb::capsule(reinterpret_cast<void*>(kValuesIndices));
@@ -115,4 +159,9 @@ NB_MODULE(_cpu, m) {
   m.def("registrations", &jax_topk::cpu::Registrations,
         "Returns the FFI handler of every target name, for platform \"cpu\".");
   jax_topk::BindPlan(m);
+  m.def("select", &jax_topk::cpu::Select, nb::arg("operand"), nb::arg("starts"), nb::arg("lengths"),
+        nb::arg("values"), nb::arg("indices"), nb::arg("rows"), nb::arg("width"), nb::arg("k"),
+        nb::arg("dtype"), nb::arg("smallest"), nb::arg("sorted"), nb::arg("threads"),
+        "Runs one selection on the caller's buffers, for tests that guard their surroundings.\n\n"
+        "Buffers are addresses of contiguous memory; 0 for `values` stands for indices only.");
 }

@@ -9,6 +9,7 @@
 #include <nanobind/stl/vector.h>
 
 #include <sstream>
+#include <stdexcept>
 #include <string>
 #include <string_view>
 #include <vector>
@@ -130,6 +131,31 @@ std::vector<double> GraphChain(const std::string& kind, const std::vector<uint64
   return microseconds;
 }
 
+// The launch on buffers that the caller owns, so that a test can look at what lies around them.
+void Select(uint64_t operand, uint64_t starts, uint64_t lengths, uint64_t values, uint64_t indices,
+            int64_t rows, int64_t width, int64_t k, const std::string& dtype, bool smallest,
+            bool sorted, const std::string& plan, int device) {
+  const Problem problem{rows, width, k, ParseDTypeOrThrow(dtype), sorted};
+  const TopKBuffers buffers{
+      DevicePointer<const void*>(operand), DevicePointer<const int32_t*>(starts),
+      DevicePointer<const int32_t*>(lengths), DevicePointer<void*>(values),
+      DevicePointer<int32_t*>(indices)};
+  std::string error;
+  {
+    nb::gil_scoped_release unlocked;
+    cudaError_t status = cudaSetDevice(device);
+    if (status == cudaSuccess) {
+      error = LaunchTopK(problem, smallest, plan, buffers, cudaStreamPerThread);
+      if (error.empty()) status = cudaStreamSynchronize(cudaStreamPerThread);
+    }
+    if (error.empty() && status != cudaSuccess) {
+      error = "running the top-k kernel on device " + std::to_string(device) +
+              " failed: " + cudaGetErrorString(status);
+    }
+  }
+  if (!error.empty()) throw std::runtime_error(error);
+}
+
 nb::dict DeviceLimitsDict(int device) {
   DeviceLimits limits;
   const std::string error = GetDeviceLimits(device, &limits);
@@ -216,6 +242,13 @@ NB_MODULE(_cuda, module) {
       "Buffers are device addresses; 0 stands for no values. `operand` is one address, or a list "
       "of\n"
       "them that the launches take in turn. kind: top_k, empty or read.");
+  module.def("select", &Select, nb::arg("operand"), nb::arg("starts"), nb::arg("lengths"),
+             nb::arg("values"), nb::arg("indices"), nb::arg("rows"), nb::arg("width"), nb::arg("k"),
+             nb::arg("dtype"), nb::arg("smallest"), nb::arg("sorted"), nb::arg("plan"),
+             nb::arg("device"),
+             "Launches once on the caller's buffers and waits, for tests that guard their "
+             "surroundings.\n\n"
+             "Buffers are device addresses; 0 for `values` stands for indices only.");
 }
 
 }  // namespace jax_topk
