@@ -157,7 +157,7 @@ def parts_of(options: argparse.Namespace, build: pathlib.Path) -> list[list[Part
         for tool in ("run_kernel", "stress_kernel")
     ]
     size = ("--launches", str(options.launches))
-    return [
+    stages = [
         builds,
         [Part("stress", (stress, *size, "--seed", str(seed)), r'^\{"gpu"')],
         [Part("stress_again", (stress, *size, "--seed", str(seed + 1)), r'^\{"gpu"')],
@@ -181,11 +181,16 @@ def parts_of(options: argparse.Namespace, build: pathlib.Path) -> list[list[Part
                     *(python, "-m", "jax_topk.fuzz", "--implementation", "cuda"),
                     *("--rows", str(options.fuzz_rows)),
                     *("--seed", ",".join(str(seed + i) for i in range(3))),
+                    *(("--commit", options.commit) if options.commit else ()),
+                    *(("--json", str(options.fuzz_json)) if options.fuzz_json else ()),
                 ),
                 r"\d",
                 environment=quiet,
             ),
         ],
+    ]
+    return [
+        [dataclasses.replace(part, timeout=options.timeout) for part in stage] for stage in stages
     ]
 
 
@@ -200,15 +205,15 @@ def output_of(*command: str) -> str:
     return result.stdout.strip() or f"unknown: {result.stderr.strip()[:200]}"
 
 
-def describe_machine() -> dict[str, str]:
-    """What the results depend on."""
+def describe_machine(commit: str | None) -> dict[str, str]:
+    """What the results depend on. `commit` is asked of git if it is not given."""
     gpu = output_of(
         "nvidia-smi", "--query-gpu=name,driver_version,memory.total", "--format=csv,noheader"
     )
     nvcc = re.search(r"release ([\d.]+)", output_of("nvcc", "--version"))
     return {
         "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d"),
-        "commit": output_of("git", "rev-parse", "--short", "HEAD"),
+        "commit": commit or output_of("git", "rev-parse", "--short", "HEAD"),
         "gpu, driver, memory": gpu,
         "nvcc": nvcc[1] if nvcc else "unknown",
         "python": platform.python_version(),
@@ -227,6 +232,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--seed", type=int, default=1, help="of the stress tool and the fuzzer (1)")
     parser.add_argument("--launches", type=int, default=100_000, help="of each stress run (100000)")
     parser.add_argument("--fuzz-rows", type=int, default=1_000_000, help="of the fuzzer (1000000)")
+    parser.add_argument("--fuzz-json", type=pathlib.Path, help="write the fuzzer's counts here")
+    parser.add_argument("--commit", help="commit of the sources, where git cannot tell")
+    parser.add_argument("--timeout", type=int, default=450, help="seconds for each part (450)")
     parser.add_argument("--arch", default="90a", help="architecture of the tools (90a)")
     parser.add_argument("--logs", type=pathlib.Path, help="keep the output of all parts here")
     options = parser.parse_args(arguments)
@@ -237,7 +245,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         build = pathlib.Path(folder) / "build"
         build.mkdir()
         summary = {
-            "machine": describe_machine(),
+            "machine": describe_machine(options.commit),
             "seed": options.seed,
             "parts": run_parts(parts_of(options, build), logs, progress),
         }

@@ -51,7 +51,15 @@ def test_stages_follow_one_another(tmp_path, progress):
 
 
 def test_the_parts_are_commands_of_this_checkout(tmp_path):
-    options = argparse.Namespace(seed=5, launches=100, fuzz_rows=30, arch="90a")
+    options = argparse.Namespace(
+        seed=5,
+        launches=100,
+        fuzz_rows=30,
+        arch="90a",
+        commit="abc",
+        fuzz_json=tmp_path / "fuzz.json",
+        timeout=7,
+    )
     stages = gpu_trust.parts_of(options, tmp_path)
     parts = {part.name: part for stage in stages for part in stage}
     assert len(parts) == sum(map(len, stages))
@@ -61,6 +69,8 @@ def test_the_parts_are_commands_of_this_checkout(tmp_path):
                 assert (gpu_trust.ROOT / word).exists(), word
     assert "--seed 6" in " ".join(parts["stress_again"].command)
     assert "5,6,7" in parts["fuzz"].command
+    assert "--commit abc" in " ".join(parts["fuzz"].command)
+    assert {part.timeout for part in parts.values()} == {7}
 
 
 def test_help_says_what_it_needs(capsys):
