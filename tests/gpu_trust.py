@@ -4,7 +4,7 @@
 
 The parts: the tools are built; the stress tool runs alone, twice, and once more to see that its
 watchdog ends a hang; then the tests of the GPU, compute-sanitizer and the fuzzer run at the same
-time. The summary holds the GPU, the driver, versions, commit, seeds, counts, times and failures.
+time; last, alone, what needs most of the memory. The summary holds the GPU, the driver, versions, commit, seeds, counts, times and failures.
 """
 
 from __future__ import annotations
@@ -165,7 +165,7 @@ def parts_of(options: argparse.Namespace, build: pathlib.Path) -> list[list[Part
         [
             Part(
                 "tests",
-                (python, "-m", "pytest", "-m", "gpu", "-n", "6", "--dist", "worksteal", "-q"),
+                (python, "-m", "pytest", "-m", "gpu", "-n", "8", "--dist", "worksteal", "-q"),
                 r"\d+ passed",
                 environment=(*quiet, ("JAX_TOPK_REQUIRE_GPU", "1")),
             ),
@@ -187,6 +187,15 @@ def parts_of(options: argparse.Namespace, build: pathlib.Path) -> list[list[Part
                 r"\d",
                 environment=quiet,
             ),
+        ],
+        # Rows and elements beyond 2^31 and 2^32 need most of the GPU's memory.
+        [
+            Part(
+                "large",
+                (python, "-m", "pytest", "-m", "gpu", "-q", "-rs", "tests/test_limits.py"),
+                r"\d+ passed",
+                environment=(*quiet, ("JAX_TOPK_REQUIRE_GPU", "1")),
+            )
         ],
     ]
     return [

@@ -219,6 +219,13 @@ def test_lowest_key_competes_with_padding(library):
         check(library, x, k, plan="path=sample,cluster=7,part=300")
 
 
+def half_of_one_value(rng: np.random.Generator, width: int) -> np.ndarray:
+    """Most of what a top-k of a seventh selects is one value; the rest spreads out above it."""
+    x = rng.normal(size=width)
+    x[::3] = 1.5
+    return x
+
+
 @pytest.mark.parametrize("schedule", emulation.SCHEDULES)
 @pytest.mark.parametrize(
     ("generator", "k", "plan"),
@@ -228,6 +235,8 @@ def test_lowest_key_competes_with_padding(library):
         (inputs.normal, 300, "path=sample,cluster=2,candidates=4"),  # a guess that is given up
         (inputs.few_values, 300, "path=exact,cluster=1"),  # streamed, and a single key
         (inputs.normal, 1500, "path=sample,cluster=1,stages=2"),  # streamed, more tiles in flight
+        (inputs.normal, 3000, "path=sample,cluster=1,candidates=4"),  # lists that overflow
+        (half_of_one_value, 2100, "path=sample,cluster=2"),  # too many in a bin to be ranked there
         (inputs.normal, 300, "path=short"),
     ],
     ids=lambda value: getattr(value, "__name__", str(value)),
@@ -241,7 +250,7 @@ def test_no_schedule_changes_the_result(library, generator, k, plan, schedule):
 
 
 def test_plateau_in_a_list_without_room_for_k_ties(library):
-    """Streamed ties beyond the list's capacity: counted first, then listed as far as wanted."""
+    """Streamed ties beyond the list's capacity: counted, and read again as far as wanted."""
     rng = np.random.default_rng(4)
     x = rng.choice([0.0, 1.0], size=(1, 30000), p=[0.99, 0.01]).astype(np.float32)
     for plan in ("cluster=1,candidates=64", "cluster=2,candidates=4", "path=exact,candidates=4"):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import mmap
 import resource
+import subprocess
 
 import inputs
 import jax
@@ -196,9 +197,18 @@ def gpu():
 
 
 def needs_gib(gib: float) -> None:
-    limit = gpu_devices()[0].memory_stats()["bytes_limit"] / 2**30
+    """Skips unless so much is free: other processes may hold memory of the same GPU."""
+    stats = gpu_devices()[0].memory_stats()
+    limit = stats["bytes_limit"] / 2**30
     if limit < gib:
         pytest.skip(f"needs {gib} GiB of GPU memory, and JAX may take {limit:.0f}")
+    query = ["nvidia-smi", "--query-gpu=memory.free", "--format=csv,noheader,nounits", "--id=0"]
+    answer = subprocess.run(query, capture_output=True, text=True, timeout=60, check=True).stdout
+    # What JAX has reserved and does not use is free as well.
+    reserved = stats.get("pool_bytes", 0) - stats["bytes_in_use"]
+    free = int(answer) / 2**10 + max(reserved, 0) / 2**30
+    if free < gib:
+        pytest.skip(f"needs {gib} GiB of GPU memory, and {free:.0f} are free")
 
 
 @pytest.mark.gpu

@@ -26,7 +26,7 @@ def plan(rows, width, k=2048, *, device="H100", dtype="float32", is_sorted=False
 
 @pytest.mark.parametrize(
     ("rows", "cluster"),
-    [(1, 16), (4, 16), (5, 8), (8, 8), (9, 4), (16, 4), (17, 2), (66, 2), (67, 1), (4096, 1)],
+    [(1, 16), (4, 16), (5, 8), (8, 8), (9, 4), (16, 4), (17, 2), (132, 2), (133, 1), (4096, 1)],
 )
 def test_clusters_leave_each_cta_an_sm(rows, cluster):
     assert plan(rows, 163840)["cluster_size"] == cluster
@@ -100,6 +100,10 @@ def test_bad_overrides_say_what_is_wrong(overrides, message):
         ({"rows": 1, "width": 9999, "k": 4097}, "k=4097 exceeds 4096"),
         ({"rows": 1, "width": 2**31, "k": 1}, "the width must stay below 2\\^31"),
         ({"rows": 2**31, "width": 1, "k": 1}, "fewer than 2\\^31"),
+        (
+            {"rows": 2**27, "width": 9999, "k": 1, "overrides": "cluster=16"},
+            "2\\^31 divided by its cluster size of 16",
+        ),
         ({"rows": 1, "width": 9999, "k": 9, "dtype": "int32"}, "dtype 'int32' is not one of"),
     ],
 )

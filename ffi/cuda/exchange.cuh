@@ -28,14 +28,16 @@ struct RowCounts {
 };
 
 // Tells every CTA of the row what this one counted. All earlier accesses to what candidates will
-// overwrite must be ordered by a barrier before. `attempt`, 0 or 1, has its own barrier and records:
-// nothing keeps a CTA from sending a second time before a peer has everything of the first.
+// overwrite must be ordered by a barrier before. `attempt`, 0 or 1, has its own barrier and
+// records: nothing keeps a CTA from sending a second time before a peer has everything of the
+// first.
 __device__ __forceinline__ void SendCounts(const Cta& cta, const PartCounts& mine,
                                            uint32_t attempt) {
   if (cta.num_active == 1) return;
   SharedHeader* header = cta.header;
   if (cta.thread == 0) {
-    BarrierExpect(&header->counts_barriers[attempt], static_cast<uint32_t>(cta.num_active) * sizeof(uint2));
+    BarrierExpect(&header->counts_barriers[attempt],
+                  static_cast<uint32_t>(cta.num_active) * sizeof(uint2));
   }
   if (cta.thread < cta.num_active) {
     SendAsync(RemoteAddress(&header->records[attempt][cta.rank], cta.thread),

@@ -24,31 +24,52 @@ struct RunMasks {
   uint32_t open;     // inside it
 };
 
-// Where the elements of one vector stand.
+// Where elements stand against a bracket: bits are shifted in, so that the last element comes
+// first.
 template <typename T>
-__device__ __forceinline__ RunMasks MasksOfVector(const uint4& vector, const KeyTest<T>& lowest,
-                                                  const KeyTest<T>& highest) {
-  uint32_t kept = 0, certain = 0;
+struct MaskBuilder {
+  KeyTest<T> lowest, highest;
+  uint32_t kept, certain;
+
+  __device__ __forceinline__ MaskBuilder(const Bracket& bracket, uint32_t flip)
+      : lowest(bracket.lowest, flip), highest(bracket.highest, flip), kept(0), certain(0) {}
+
+  // Shifts in the elements of the vector before those so far. `kIsOneMask`: the keys of both tests
+  // lie in the same half of the order, which saves an instruction per element.
+  template <bool kIsOneMask>
+  __device__ __forceinline__ void Prepend(const uint4& vector) {
 #pragma unroll
-  for (int i = 0; i < T::kPerVector; ++i) {
-    const uint32_t bits = T::Element(vector, i);
-    if (lowest.AtLeast(bits)) kept |= 1u << i;
-    if (highest.Above(bits)) certain |= 1u << i;
+    for (int i = T::kPerVector - 1; i >= 0; --i) {
+      const uint32_t bits = T::Element(vector, i);
+      const uint32_t word = bits ^ lowest.mask;
+      // Sums that carry: word >= lowest.key (but for 0, see Masks), and word > highest.key.
+      kept = AppendCarry(kept, word, 0u - lowest.key);
+      certain = AppendCarry(certain, kIsOneMask ? word : bits ^ highest.mask, ~highest.key);
+    }
   }
-  return RunMasks{certain, kept & ~certain};
-}
+  __device__ __forceinline__ bool HasOneMask() const { return lowest.mask == highest.mask; }
+  // Of the elements that `valid` names.
+  __device__ __forceinline__ RunMasks Masks(uint32_t valid) const {
+    return RunMasks{certain & valid, (lowest.key == 0 ? valid : kept & valid) & ~certain};
+  }
+};
 
 template <typename T>
 __device__ __forceinline__ RunMasks MakeMasks(const Run& run, const Bracket& bracket,
                                               uint32_t flip) {
-  const KeyTest<T> lowest(bracket.lowest, flip), highest(bracket.highest, flip);
-  RunMasks masks{0, 0};
-  VisitRun<T>(run, [&](const uint4& vector, int32_t first) {
-    const RunMasks part = MasksOfVector<T>(vector, lowest, highest);
-    masks.certain |= part.certain << first;
-    masks.open |= part.open << first;
-  });
-  return RunMasks{masks.certain & run.valid, masks.open & run.valid};
+  MaskBuilder<T> builder(bracket, flip);
+  if (builder.HasOneMask()) {
+#pragma unroll 1
+    for (int32_t v = run.num_vectors - 1; v >= 0; --v) {
+      builder.template Prepend<true>(LoadShared(run.vectors + v));
+    }
+  } else {
+#pragma unroll 1
+    for (int32_t v = run.num_vectors - 1; v >= 0; --v) {
+      builder.template Prepend<false>(LoadShared(run.vectors + v));
+    }
+  }
+  return builder.Masks(run.valid);
 }
 
 // A thread's share of a tile that holds its CTA's whole part.

@@ -11,7 +11,8 @@
 // elements of its part. CTAs that a row does not need return at once.
 //
 // The launch depends on static shapes alone. Nothing outlives the call: no global memory besides
-// the operands, so no memset, and a launch is safe in CUDA graphs and beside other launches.
+// the operands, so no memset, and a launch is safe in CUDA graphs and beside other launches. CTAs
+// may start while the kernel before them in the stream ends, see WaitForKernelsBefore.
 // One row per cluster, not a loop over rows: the hardware hands out clusters as CTAs finish, which
 // balances rows of mixed lengths, and no state can leak from one row into the next.
 
@@ -267,10 +268,14 @@ __device__ __forceinline__ int32_t VectorsPerCta(const TopKArgs& args, int32_t n
 
 template <typename T>
 __device__ __forceinline__ void SelectRow(const TopKArgs& args) {
+  AllowNextKernel();
+  // What needs no global memory comes before the wait.
   const int64_t row = RowIndex();
+  Cta cta = MakeCta(args);
+  InitCta(cta);
+  WaitForKernelsBefore();
   const int32_t raw_start = LoadWord(args.starts + row);
   const int32_t raw_length = LoadWord(args.lengths + row);
-  Cta cta = MakeCta(args);
   // Clamped to the row: any int32 is legal.
   const int32_t width = static_cast<int32_t>(args.width);
   const int32_t start = min(max(raw_start, 0), width);
@@ -290,7 +295,6 @@ __device__ __forceinline__ void SelectRow(const TopKArgs& args) {
     CopyValues(window, output);
     return;
   }
-  InitCta(cta);
   constexpr int32_t kTileVectors = kThreads * T::kMaxVectors;
   const bool is_forced_short =
       args.path == static_cast<int>(Path::kShort) || window.length <= args.k;

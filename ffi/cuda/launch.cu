@@ -41,19 +41,28 @@ std::string Describe(const char* what, cudaError_t error) {
   return text;
 }
 
-cudaLaunchConfig_t MakeConfig(const LaunchPlan& plan, cudaStream_t stream,
-                              cudaLaunchAttribute* attribute) {
+using LaunchAttributes = std::array<cudaLaunchAttribute, 2>;
+
+// `may_overlap`: the kernel may start before those before it in the stream are complete; it waits
+// for them before it touches memory.
+cudaLaunchConfig_t MakeConfig(const LaunchPlan& plan, bool may_overlap, cudaStream_t stream,
+                              LaunchAttributes* attributes) {
   cudaLaunchConfig_t config{};
   config.gridDim = dim3(static_cast<unsigned>(plan.num_ctas / plan.cluster_size),
                         static_cast<unsigned>(plan.cluster_size));
   config.blockDim = dim3(kThreads);
   config.dynamicSmemBytes = static_cast<size_t>(plan.smem_bytes);
   config.stream = stream;
+  config.attrs = attributes->data();
   if (plan.cluster_size > 1) {
-    attribute->id = cudaLaunchAttributeClusterDimension;
-    attribute->val.clusterDim = {1, static_cast<unsigned>(plan.cluster_size), 1};
-    config.attrs = attribute;
-    config.numAttrs = 1;
+    cudaLaunchAttribute& attribute = (*attributes)[config.numAttrs++];
+    attribute.id = cudaLaunchAttributeClusterDimension;
+    attribute.val.clusterDim = {1, static_cast<unsigned>(plan.cluster_size), 1};
+  }
+  if (may_overlap) {
+    cudaLaunchAttribute& attribute = (*attributes)[config.numAttrs++];
+    attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    attribute.val.programmaticStreamSerializationAllowed = 1;
   }
   return config;
 }
@@ -99,8 +108,8 @@ std::string QueryDevice(int device, DeviceLimits* limits) {
   LaunchPlan plan;
   plan.num_ctas = kMaxClusterSize;
   plan.smem_bytes = smem_per_block;
-  cudaLaunchAttribute attribute;
-  const cudaLaunchConfig_t config = MakeConfig(plan, nullptr, &attribute);
+  LaunchAttributes attributes;
+  const cudaLaunchConfig_t config = MakeConfig(plan, false, nullptr, &attributes);
   int cluster_size = 1;
   error = cudaOccupancyMaxPotentialClusterSize(&cluster_size, kKernels[0], &config);
   if (error != cudaSuccess) return Describe("asking for the largest cluster", error);
@@ -169,8 +178,10 @@ std::string LaunchTopK(const Problem& problem, bool is_smallest, std::string_vie
 
   const TopKArgs args = MakeArgs(problem, plan, is_smallest, buffers);
 
-  cudaLaunchAttribute attribute;
-  const cudaLaunchConfig_t config = MakeConfig(plan, stream, &attribute);
+  // Launches that overlap came with clusters.
+  const bool may_overlap = limits.max_cluster_size > 1;
+  LaunchAttributes attributes;
+  const cudaLaunchConfig_t config = MakeConfig(plan, may_overlap, stream, &attributes);
   error = cudaLaunchKernelEx(&config, kKernels[static_cast<int>(problem.dtype)], args);
   if (error != cudaSuccess) return Describe("launching the top-k kernel", error);
   return "";

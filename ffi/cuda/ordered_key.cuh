@@ -69,8 +69,6 @@ struct KeyTest {
 
   __device__ __forceinline__ KeyTest(uint32_t compared_key, uint32_t flip)
       : key(compared_key), mask(flip ^ (compared_key & T::kSign ? T::kSign : T::kMaxKey)) {}
-  __device__ __forceinline__ bool AtLeast(uint32_t bits) const { return (bits ^ mask) >= key; }
-  __device__ __forceinline__ bool Above(uint32_t bits) const { return (bits ^ mask) > key; }
   // Whether some element of the vector is at least the key.
   __device__ __forceinline__ bool SomeAtLeast(const uint4& vector) const {
     if constexpr (T::kBits == 32) {
@@ -148,6 +146,16 @@ struct Float16 : KeyOrder<uint16_t> {
   }
   __device__ __forceinline__ static uint32_t StepMagnitude(uint32_t step) { return step * 32; }
 };
+
+// The coarse bin of a key, counted from the top.
+template <typename T>
+__device__ __forceinline__ uint32_t CoarseBinOfKey(uint32_t key) {
+  const bool is_upper = (key & T::kSign) != 0;
+  const uint32_t magnitude = (is_upper ? key : ~key) & (T::kSign - 1);
+  const uint32_t fourfold = T::FourfoldSteps(T::kBits == 32 ? magnitude >> 16 : magnitude);
+  const uint32_t step = (fourfold & 0xffffu) >> 2;
+  return is_upper ? kHalfBins - 1 - step : kHalfBins + step;
+}
 
 // The lowest key of coarse bin `from_top`, 0 being the bin of the largest keys.
 template <typename T>

@@ -77,6 +77,14 @@ __device__ __forceinline__ uint4 LoadShared(const uint4* pointer) {
   return value;
 }
 
+// 2 * bits + (a + b does not fit a word): two instructions, the carry of a sum shifted in.
+__device__ __forceinline__ uint32_t AppendCarry(uint32_t bits, uint32_t a, uint32_t b) {
+  asm("{\n\t.reg .u32 sum;\n\tadd.cc.u32 sum, %1, %2;\n\taddc.u32 %0, %0, %0;\n\t}"
+      : "+r"(bits)
+      : "r"(a), "r"(b));
+  return bits;
+}
+
 // Approximate, a few units in the last place: for guesses that are verified.
 __device__ __forceinline__ float FastDivide(float a, float b) { return __fdividef(a, b); }
 __device__ __forceinline__ float FastSquareRoot(float a) { return a * rsqrtf(a); }
@@ -156,6 +164,22 @@ __device__ __forceinline__ void BarrierWait(MBarrier* barrier, uint32_t parity) 
         : "r"(SharedAddress(barrier)), "r"(parity)
         : "memory");
   }
+#endif
+}
+
+// --- Launches that overlap (sm_90) ---------------------------------------------------------------
+
+// Lets the stream's next kernel start its CTAs where there is room, if it was launched to do so.
+__device__ __forceinline__ void AllowNextKernel() {
+#if JAX_TOPK_HAS_CLUSTERS
+  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+// Waits until the kernels before this one in the stream are complete, and sees what they wrote.
+// Precedes every access to global memory.
+__device__ __forceinline__ void WaitForKernelsBefore() {
+#if JAX_TOPK_HAS_CLUSTERS
+  asm volatile("griddepcontrol.wait;" ::: "memory");
 #endif
 }
 

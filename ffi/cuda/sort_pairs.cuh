@@ -1,9 +1,9 @@
 // Sorted output: a row's selected elements, best first, by one CTA.
 //
-// Counts the keys by 2048 even bins over their range, places every pair in its bin by an exclusive
-// scan, and ranks it there among the few that share the bin: six passes over the pairs and seven
-// barriers, whatever k is. Where values crowd into few bins a bitonic sort takes over, with
-// log2(k)^2 / 2 steps of one barrier each.
+// Counts the keys by 2048 even bins over their range, or by coarse bins if that spans too many
+// octaves, places every pair in its bin by an exclusive scan, and ranks it there among the few that
+// share the bin: six passes over the pairs and seven barriers, whatever k is. Where values crowd
+// into few bins a bitonic sort takes over, with log2(k)^2 / 2 steps of one barrier each.
 
 #ifndef JAX_TOPK_CUDA_SORT_PAIRS_CUH_
 #define JAX_TOPK_CUDA_SORT_PAIRS_CUH_
@@ -13,11 +13,15 @@
 #include "ptx.cuh"
 
 #include "block.cuh"
+#include "ordered_key.cuh"
 
 namespace jax_topk {
 
 // Most pairs of one bin that are ranked by comparing all of them.
 constexpr uint32_t kMaxCrowd = 256;
+// Keys of 32 bits: coarse bins are finer than even ones beyond 64 octaves. Keys of 16 bits never
+// reach it, and an even bin holds 32 of them at most.
+constexpr uint32_t kWidestEven = 64u << 23;
 
 // A pair is (position, ~key): as a 64-bit number, ~key above position, ascending is best first.
 __device__ __forceinline__ bool IsBetter(const uint2& a, const uint2& b) {
@@ -101,7 +105,7 @@ __device__ __forceinline__ uint32_t ScanBins(Cta& cta) {
 // Calls store(rank, pair) for `count` pairs in ascending position, rank 0 being the best.
 // `spare` holds as many pairs. `pairs` has room for a power of two. In: pairs, and the last use of
 // the histogram and of `spare`, ordered by a barrier.
-template <typename Store>
+template <typename T, typename Store>
 __device__ __forceinline__ void SortPairs(Cta& cta, uint2* pairs, uint2* spare, int count,
                                           Store store) {
   if (count == 0) return;
@@ -113,10 +117,12 @@ __device__ __forceinline__ void SortPairs(Cta& cta, uint2* pairs, uint2* spare, 
     return;
   }
   const LinearBins bins(range);
+  const bool is_wide = range.highest - range.lowest > kWidestEven;
+  const auto bin_of = [&](const uint2& pair) {
+    return is_wide ? CoarseBinOfKey<T>(~pair.y) : bins.FromTop(~pair.y);
+  };
 #pragma unroll 1
-  for (int i = cta.thread; i < count; i += kThreads) {
-    atomicAdd(&cta.bins[bins.FromTop(~pairs[i].y)], 1u);
-  }
+  for (int i = cta.thread; i < count; i += kThreads) atomicAdd(&cta.bins[bin_of(pairs[i])], 1u);
   SyncThreads();  // counts before the scan
   if (Unlikely(ScanBins(cta) > kMaxCrowd)) {
     const int size = count == 1 ? 1 : 1 << (32 - __clz(count - 1));
@@ -130,17 +136,17 @@ __device__ __forceinline__ void SortPairs(Cta& cta, uint2* pairs, uint2* spare, 
   }
 #pragma unroll 1
   for (int i = cta.thread; i < count; i += kThreads) {
-    spare[atomicAdd(&cta.bins[bins.FromTop(~pairs[i].y)], 1u)] = pairs[i];
+    spare[atomicAdd(&cta.bins[bin_of(pairs[i])], 1u)] = pairs[i];
   }
   SyncThreads();  // pairs in their bins, and the bins' ends, before their reads
 #pragma unroll 1
   for (int i = cta.thread; i < count; i += kThreads) {
     const uint2 pair = spare[i];
-    const uint32_t bin = bins.FromTop(~pair.y);
+    const uint32_t bin = bin_of(pair);
     const uint32_t begin = bin == 0 ? 0 : cta.bins[bin - 1];
     const uint32_t end = cta.bins[bin];
     uint32_t rank = begin;
-#pragma unroll 1
+#pragma unroll 4
     for (uint32_t j = begin; j < end; ++j) rank += IsBetter(spare[j], pair);
     store(static_cast<int>(rank), pair);
   }

@@ -179,13 +179,13 @@ __device__ __forceinline__ void FilterWarpTile(const Cta& cta, const RowWindow& 
                                                const ListPool& pool, const unsigned char* tile,
                                                int32_t first, const Bracket& bracket, uint32_t flip,
                                                WarpPart* warp) {
-  const KeyTest<T> lowest(bracket.lowest, flip), highest(bracket.highest, flip);
+  const MaskBuilder<T> none(bracket, flip);
   const uint4* vectors = reinterpret_cast<const uint4*>(tile);
   const int32_t own = cta.lane * T::kMaxVectors;
   uint32_t hits = 0;
 #pragma unroll
   for (int v = 0; v < T::kMaxVectors; ++v) {
-    if (lowest.SomeAtLeast(LoadShared(vectors + own + v))) hits |= 1u << v;
+    if (none.lowest.SomeAtLeast(LoadShared(vectors + own + v))) hits |= 1u << v;
   }
   hits &= LowBits(warp->part.last - first - own);  // the rest of the tile holds no vector
   const uint32_t num_hits = __popc(hits);
@@ -208,10 +208,9 @@ __device__ __forceinline__ void FilterWarpTile(const Cta& cta, const RowWindow& 
       const int32_t number = numbers[turn + cta.lane];
       vector = LoadShared(vectors + number);
       index = first + number;
-      const uint32_t valid = ValidInVector(window, index, T::kPerVector);
-      masks = MasksOfVector<T>(vector, lowest, highest);
-      masks.certain &= valid;
-      masks.open &= valid;
+      MaskBuilder<T> builder = none;
+      builder.template Prepend<false>(vector);
+      masks = builder.Masks(ValidInVector(window, index, T::kPerVector));
     }
     // Unsigned: near a width of 2^31 the position of what is not valid does not fit an int32.
     const uint32_t position = static_cast<uint32_t>(index) * T::kPerVector - window.skew;

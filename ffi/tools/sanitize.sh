@@ -27,10 +27,11 @@ __global__ void Racecheck(int* p) {
   x[threadIdx.x] = p[threadIdx.x];
   p[threadIdx.x] = x[63 - threadIdx.x];
 }
+// Half of a warp waits for lanes that do not include its own.
 __global__ void Synccheck(int* p) {
-  if (threadIdx.x < 16) {
+  if (threadIdx.x % 32 >= 16) {
     p[threadIdx.x] = 1;
-    __syncthreads();
+    __syncwarp(0xffffu);
   }
 }
 __global__ void Initcheck(int* p) { p[threadIdx.x] = p[threadIdx.x + 64]; }

@@ -232,14 +232,13 @@ def make_header(
         target: `"gpu"` or `"cpu"`, what was timed.
         device: JAX's name of the device.
         settings: the numbers a reader needs to repeat the run.
-        commit: stated commit, for a machine that has a copy of the tree without its git folder.
+        commit: stated commit, for a machine that has a copy of the tree without its git folder, or
+            with that of another commit.
 
     Returns:
         A dict for JSON.
     """
-    git = git_state()
-    if git["commit"] is None and commit:
-        git = {"commit": commit, "dirty": None}
+    git = {"commit": commit, "dirty": None} if commit else git_state()
     known = (_query_gpu(("name", "driver_version")) or {}) if target == "gpu" else {}
     return {
         "target": target,

@@ -84,6 +84,8 @@ template <int kPending>
 void CopyAsyncWait() {
   CopyAsyncWaitFor(kPending);
 }
+inline void AllowNextKernel() {}
+inline void WaitForKernelsBefore() {}
 inline bool Unlikely(bool condition) { return condition; }
 inline int32_t LoadWord(const int32_t* pointer) { return *pointer; }
 inline uint4 LoadShared(const uint4* pointer) { return *pointer; }
@@ -112,6 +114,9 @@ inline uint32_t AddMaxHalves(uint32_t a, uint32_t b, uint32_t c) {
 }
 inline uint32_t MinHalves(uint32_t a, uint32_t b) {
   return OnHalves(a, b, 0, [](int x, int y, int) { return x < y ? x : y; });
+}
+inline uint32_t AppendCarry(uint32_t bits, uint32_t a, uint32_t b) {
+  return 2 * bits + (a + b < a);
 }
 inline float FastDivide(float a, float b) { return a / b; }
 inline float FastSquareRoot(float a) { return std::sqrt(a); }

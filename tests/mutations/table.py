@@ -137,7 +137,7 @@ KERNEL = (
         "k <= row.certain + row.open && row.certain + kept <= capacity;",
         "k <= row.certain + row.open;",
         "peer (vllm 51782, 52149, SGLang v2): a full candidate buffer drops elements silently.",
-        _emulated(HOSTILE, PLATEAU),
+        _emulated(HOSTILE, PLATEAU, SCHEDULES),
     ),
     Mutant(
         "lower_guess_not_verified",
