@@ -17,21 +17,28 @@ namespace ffi = xla::ffi;
 
 using Dimensions = ffi::AnyBuffer::Dimensions;
 
-inline std::string ToString(Dimensions dimensions) {
+// The parts of a sentence as text. Numbers never go through a stream: beside JAX's CUDA plugin,
+// whose libraries carry C++ runtimes of their own, a stream that formats a number ends the process.
+inline std::string ToText(const char* text) { return text; }
+inline std::string ToText(const std::string& text) { return text; }
+inline std::string ToText(int64_t number) { return std::to_string(number); }
+inline std::string ToText(ffi::DataType type) {
   std::ostringstream text;
-  text << "[";
-  for (size_t i = 0; i < dimensions.size(); ++i) text << (i == 0 ? "" : ", ") << dimensions[i];
-  text << "]";
+  text << type;
   return text.str();
+}
+inline std::string ToText(Dimensions dimensions) {
+  std::string text = "[";
+  for (size_t i = 0; i < dimensions.size(); ++i) {
+    text += (i == 0 ? "" : ", ") + std::to_string(dimensions[i]);
+  }
+  return text + "]";
 }
 
 // An InvalidArgument error from the parts of a sentence.
 template <typename... Parts>
 ffi::Error Invalid(const Parts&... parts) {
-  std::ostringstream text;
-  text << "jax_topk: ";
-  (text << ... << parts);
-  return ffi::Error::InvalidArgument(text.str());
+  return ffi::Error::InvalidArgument((std::string("jax_topk: ") + ... + ToText(parts)));
 }
 
 // Whether `dimensions` is `batch` followed by `last`, if there is a last.
@@ -63,17 +70,16 @@ inline ffi::Error CheckBuffers(const ffi::AnyBuffer& operand, const ffi::Buffer<
   }
   const Dimensions batch(shape.begin(), shape.size() - 1);
   if (!IsBatchAnd(starts.dimensions(), batch, nullptr)) {
-    return Invalid("starts has shape ", ToString(starts.dimensions()), "; it must be ",
-                   ToString(batch), ", the shape of operand without its last axis");
+    return Invalid("starts has shape ", starts.dimensions(), "; it must be ", batch,
+                   ", the shape of operand without its last axis");
   }
   if (!IsBatchAnd(lengths.dimensions(), batch, nullptr)) {
-    return Invalid("lengths has shape ", ToString(lengths.dimensions()), "; it must be ",
-                   ToString(batch), ", the shape of operand without its last axis");
+    return Invalid("lengths has shape ", lengths.dimensions(), "; it must be ", batch,
+                   ", the shape of operand without its last axis");
   }
   const Dimensions results = indices.dimensions();
   if (results.size() == 0 || !IsBatchAnd(results, batch, &results[results.size() - 1])) {
-    return Invalid("indices has shape ", ToString(results), "; it must be ", ToString(batch),
-                   " followed by k");
+    return Invalid("indices has shape ", results, "; it must be ", batch, " followed by k");
   }
   problem->width = shape[shape.size() - 1];
   problem->k = results[results.size() - 1];
@@ -90,8 +96,8 @@ inline ffi::Error CheckBuffers(const ffi::AnyBuffer& operand, const ffi::Buffer<
                      operand.element_type(), ", as operand");
     }
     if (!IsBatchAnd(values->dimensions(), batch, &problem->k)) {
-      return Invalid("values has shape ", ToString(values->dimensions()), "; it must be ",
-                     ToString(results), ", as indices");
+      return Invalid("values has shape ", values->dimensions(), "; it must be ", results,
+                     ", as indices");
     }
   }
   problem->rows = 1;

@@ -4,7 +4,8 @@
 
 The parts: the tools are built; the stress tool runs alone, twice, and once more to see that its
 watchdog ends a hang; then the tests of the GPU, compute-sanitizer and the fuzzer run at the same
-time; last, alone, what needs most of the memory. The summary holds the GPU, the driver, versions, commit, seeds, counts, times and failures.
+time; last, alone, what needs most of the memory. The summary holds the GPU, the driver, versions,
+commit, seeds, counts, times and failures.
 """
 
 from __future__ import annotations

@@ -18,8 +18,3 @@ ILLEGAL = {
     "cluster=two": "the value must be an integer",
     "path=exact,": "ends in a comma",
 }
-
-# Lengths at which the kernel changes its way: the window that is copied (k, added by the tests), a
-# tile of 384 threads with 1 to 7 vectors of four floats, two such tiles, parts of 2048, and powers
-# of two.
-BOUNDARIES = (1, 512, 1536, 2048, 3072, 4608, 6144, 7680, 9216, 10752, 12288, 21504, 24576, 32768)

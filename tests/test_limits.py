@@ -7,8 +7,11 @@ marked `gpu`.
 from __future__ import annotations
 
 import mmap
+import os
+import pathlib
 import resource
 import subprocess
+import sys
 
 import inputs
 import jax
@@ -211,26 +214,47 @@ def needs_gib(gib: float) -> None:
         pytest.skip(f"needs {gib} GiB of GPU memory, and {free:.0f} are free")
 
 
+MANY_ROWS = """
+import jax, jax.numpy as jnp
+from jax import lax
+import jax_topk
+
+rows = 2**31 + 77
+
+@jax.jit
+def count_wrong():
+    # 2039 is prime: no period of 2^31 hides a row that is taken for another.
+    row = lax.broadcasted_iota(jnp.uint32, (rows, 1), 0) % 2039
+    x = row.astype(jnp.float16)
+    values, indices = jax_topk.top_k(x, 1, implementation="cuda")
+    wrong = (values != x) | (indices != 0)
+    # A static slice: an index would be an int32.
+    return jnp.sum(wrong.astype(jnp.float32)), lax.slice(values, (rows - 1, 0), (rows, 1))
+
+num_wrong, last = count_wrong()
+assert float(num_wrong) == 0, num_wrong
+assert last.tolist() == [[(rows - 1) % 2039]], last
+print("all equal")
+"""
+
+
 @pytest.mark.gpu
 @pytest.mark.slow
 def test_more_rows_than_a_grid_has_ctas(gpu):
-    """2^31 rows and some: more than one launch. Each row is one element, and its own top-1."""
+    """2^31 rows and some: more than one launch. Each row is one element, and its own top-1.
+
+    In a process of its own, whose memory is in one piece.
+    """
     needs_gib(40)
-    rows = 2**31 + 77
-
-    @jax.jit
-    def count_wrong():
-        # 2039 is prime: no period of 2^31 hides a row that is taken for another.
-        row = lax.broadcasted_iota(jnp.uint32, (rows, 1), 0) % 2039
-        x = row.astype(jnp.float16)
-        values, indices = jax_topk.top_k(x, 1, implementation="cuda")
-        wrong = (values != x) | (indices != 0)
-        # A static slice: an index would be an int32.
-        return jnp.sum(wrong.astype(jnp.float32)), lax.slice(values, (rows - 1, 0), (rows, 1))
-
-    num_wrong, last = count_wrong()
-    assert float(num_wrong) == 0
-    assert last.tolist() == [[(rows - 1) % 2039]]
+    result = subprocess.run(
+        [sys.executable, "-c", MANY_ROWS],
+        env={**os.environ, "PYTHONPATH": str(pathlib.Path(__file__).parents[1])},
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert result.stdout.strip() == "all equal", result.stderr[-3000:]
 
 
 @pytest.mark.gpu

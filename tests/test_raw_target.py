@@ -90,11 +90,16 @@ def test_every_error_of_the_handlers_says_what_is_wrong(arguments, message):
     check_error("cpu", arguments, message)
 
 
+# XLA's header writes this message's numbers to a stream, see ToText in `ffi/handler_checks.h`. The
+# lowering passes the three attributes that there are.
+CUDA_ERRORS = [error for error in ERRORS if "number of attributes" not in error[1]]
+
+
 @pytest.mark.gpu
-@pytest.mark.parametrize("number", range(len(ERRORS)), ids=[message for _, message in ERRORS])
+@pytest.mark.parametrize("number", range(len(CUDA_ERRORS)), ids=[text for _, text in CUDA_ERRORS])
 def test_every_error_of_the_cuda_handlers_says_what_is_wrong(number):
-    """In processes of their own: XLA (jax 0.11.2) may crash at the second refused call of one."""
-    code = f"import test_raw_target as t; t.check_error('cuda', *t.ERRORS[{number}])"
+    """In processes of their own, so that a crash is one failure."""
+    code = f"import test_raw_target as t; t.check_error('cuda', *t.CUDA_ERRORS[{number}])"
     result = subprocess.run(
         [sys.executable, "-c", code],
         env={**os.environ, "PYTHONPATH": f"{TESTS}{os.pathsep}{TESTS.parent}"},
