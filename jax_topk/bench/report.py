@@ -73,7 +73,8 @@ def gpu_section(found: Results, image: str | None) -> list[str]:
         "",
         f"k = {K} of float32 rows with run-time lengths in a buffer of width {WIDTH}, indices "
         f"only, values N(0, 1). {_origin(header)}, driver {header.get('driver')}; every cell "
-        "verified before and after timing.",
+        "verified before and after timing."
+        + "".join(f" {name}: {text}." for name, text in header.get("other_runs", {}).items()),
         "",
     ]
     if alone:

@@ -10,7 +10,8 @@
 proven by the certificate, a sample also by the oracle), `"certificate"` (where ties are not
 promised), `"equal"` (data that was only moved arrived bit for bit), `"WRONGn"` (n rows are wrong)
 or `"floor"` (nothing is selected). Results are checked before and after timing; one entry stands
-for both.
+for both. Where records of other libraries come from another run, `other_runs` in the header names
+them and says which.
 """
 
 from __future__ import annotations
