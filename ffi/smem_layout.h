@@ -5,8 +5,7 @@
 //
 // A row whose share per CTA fits one tile keeps that tile in A until its output is written, and
 // the candidates lie in B. A longer share is streamed through rings of tiles in A, one per warp,
-// into lists of (key, position) in B; once the rings are dead, the candidates lie in A. Candidates
-// are
+// into lists of (key, position) in B; once the rings are dead, the candidates lie in A. They are
 //
 //   gathered candidate keys of the whole row | own candidate keys, later the staged output
 //
@@ -52,7 +51,7 @@ inline constexpr int kChunkEntries = 32;
 constexpr int64_t NumChunks(int64_t list_capacity) {
   return (list_capacity + kChunkEntries - 1) / kChunkEntries + kWarps;
 }
-// An entry is a key and a position; a chunk knows the next one.
+// An entry is a key and a position; a chunk has a label, see ListPool.
 constexpr int64_t ListBytes(int64_t list_capacity) {
   return NumChunks(list_capacity) * (kChunkEntries * 8 + 4);
 }

@@ -1,10 +1,11 @@
 // The kernel: one cluster of CTAs per row, one row per cluster.
 //
 // Per row, on the device, by its length:
-//   copy      length <= k: everything is selected
-//   short     one CTA holds the row in shared memory and histograms all of it
-//   medium    one or several CTAs guess a bracket of keys from a sample; each CTA's part fits a
-//   tile long      the same, but parts are streamed through a ring of tiles
+//   copy    length <= k: everything is selected
+//   short   one CTA holds the row in shared memory and histograms all of it
+//   medium  one or several CTAs guess a bracket of keys from a sample; each CTA's part stays in
+//           shared memory
+//   long    the same, but parts are streamed through shared memory by warps on their own
 // Medium and long rows are counted against the bracket, the CTAs exchange exact counts, and the
 // guess is verified; where it failed, the exact path narrows the bracket by exact histograms. Then
 // the k-th key is found among the few elements inside the bracket, and each CTA writes the selected

@@ -1,9 +1,9 @@
 // Step 5: the selected elements of a part, in the order the contract fixes, to the output.
 //
 // Threads own elements in ascending position, so counts of what is selected before them give every
-// selected element its place in ascending order. The output is staged in shared
-// memory and stored coalesced: 2048 scattered stores of 4 bytes would cost 1 us. Sorted output goes
-// to the row's first CTA, see sort_pairs.cuh.
+// selected element its place in ascending order. The output of a tile is staged in shared memory
+// and stored coalesced: 2048 scattered stores of 4 bytes would cost 1 us. Sorted output goes to the
+// row's first CTA, see sort_pairs.cuh.
 
 #ifndef JAX_TOPK_CUDA_WRITE_ROW_CUH_
 #define JAX_TOPK_CUDA_WRITE_ROW_CUH_
