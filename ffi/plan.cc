@@ -120,6 +120,7 @@ std::string PlanLaunch(const Problem& problem, const DeviceLimits& limits,
   // of 16 K to 32 K then stay in shared memory, and the longest of mixed rows takes half the time.
   int cluster = 1;
   while (cluster * 2 <= limits.max_cluster_size && cluster * 2 <= kMaxClusterSize &&
+         cluster * 2 <= limits.num_sms &&
          problem.rows * cluster * 2 <= (cluster == 1 ? 2 * limits.num_sms : limits.num_sms / 2) &&
          int64_t{cluster} * plan->part_elements < problem.width) {
     cluster *= 2;
