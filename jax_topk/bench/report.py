@@ -79,8 +79,8 @@ def gpu_section(found: Results, image: str | None) -> list[str]:
     ]
     if alone:
         lines += [
-            "Microseconds of the kernel alone (launches back to back in one CUDA graph; each may start "
-            "while the one before ends, and waits for it before it reads):",
+            "Microseconds of the kernel alone (launches back to back in one CUDA graph; each may "
+            "start while the one before ends, and waits for it before it reads):",
             "",
             *_matrix({shape: _short(r.us) for shape, r in alone.items()}, "rows \\ length"),
             "",
