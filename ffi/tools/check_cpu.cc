@@ -31,6 +31,7 @@
 
 #include "cpu/top_k.h"
 #include "cpu/work_plan.h"
+#include "tools/reference_order.h"
 
 namespace {
 
@@ -225,31 +226,6 @@ Case MakeRandomCase(std::mt19937& random) {
 
 // ---- what is right
 // -------------------------------------------------------------------------------
-
-uint32_t BitsAt(const unsigned char* row, int64_t i, DType dtype) {
-  if (dtype == DType::kFloat32) {
-    uint32_t bits;
-    std::memcpy(&bits, row + 4 * i, 4);
-    return bits;
-  }
-  uint16_t bits;
-  std::memcpy(&bits, row + 2 * i, 2);
-  return bits;
-}
-
-// Larger is better.
-uint32_t KeyOf(uint32_t bits, DType dtype, bool is_smallest) {
-  const uint32_t mask = dtype == DType::kFloat32 ? 0xffffffffu : 0xffffu;
-  const uint32_t sign = dtype == DType::kFloat32 ? 0x80000000u : 0x8000u;
-  const uint32_t key = (bits & sign) != 0 ? ~bits & mask : bits | sign;
-  return is_smallest ? ~key & mask : key;
-}
-
-uint32_t PaddingBits(DType dtype, bool is_smallest) {
-  if (dtype == DType::kFloat32) return is_smallest ? 0x7f800000u : 0xff800000u;
-  if (dtype == DType::kBFloat16) return is_smallest ? 0x7f80u : 0xff80u;
-  return is_smallest ? 0x7c00u : 0xfc00u;
-}
 
 // The number of rows that differ from a sort of their windows.
 int64_t CountWrongRows(const Problem& problem, bool is_smallest, const unsigned char* operand,

@@ -36,6 +36,7 @@
 #include "cuda/args.h"
 #include "cuda/launch.h"
 #include "plan.h"
+#include "tools/reference_order.h"
 
 namespace jax_topk {
 namespace {
@@ -185,26 +186,6 @@ void FillRow(const std::string& dist, std::mt19937& random, std::vector<uint32_t
   if (dist == "bits") {
     for (uint32_t& x : *bits) x = random();
   }
-}
-
-uint32_t KeyOf(uint32_t bits, DType dtype, bool is_smallest) {
-  const uint32_t mask = dtype == DType::kFloat32 ? 0xffffffffu : 0xffffu;
-  const uint32_t sign = dtype == DType::kFloat32 ? 0x80000000u : 0x8000u;
-  const uint32_t key = (bits & sign) != 0 ? ~bits & mask : bits | sign;
-  return is_smallest ? ~key & mask : key;
-}
-
-uint32_t PaddingBits(DType dtype, bool is_smallest) {
-  if (dtype == DType::kFloat32) return is_smallest ? 0x7f800000u : 0xff800000u;
-  if (dtype == DType::kBFloat16) return is_smallest ? 0x7f80u : 0xff80u;
-  return is_smallest ? 0x7c00u : 0xfc00u;
-}
-
-uint32_t BitsAt(const unsigned char* from, int64_t i, DType dtype) {
-  uint32_t bits = 0;
-  const auto bytes = static_cast<size_t>(ElementBytes(dtype));
-  std::memcpy(&bits, from + i * static_cast<int64_t>(bytes), bytes);
-  return bits;
 }
 
 // The results of one row: larger keys first, then lower indices.
