@@ -8,8 +8,6 @@ need nothing else, and therefore no compilation per cell.
 from __future__ import annotations
 
 import dataclasses
-import importlib
-import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -18,6 +16,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
+
+from jax_topk import _progress
 
 from . import certificate, implementations, inputs, oracle
 from .cases import CALL, GRAPH, JIT, METRICS, STREAM, Block, Case
@@ -495,52 +495,18 @@ def _padded(values: Any, indices: Any, rows: int) -> tuple[Any, Any]:
 # --- progress -------------------------------------------------------------------------------------
 
 
-class Progress:
-    """A bar on a terminal if tqdm is there, else a line every few seconds."""
-
-    SECONDS_BETWEEN_LINES = 10.0
+class Progress(_progress.Progress):
+    """Counts cells."""
 
     def __init__(self, total: int):
         """Starts at 0 of `total` cells."""
-        self._total, self._done = total, 0
-        self._start = self._last_line = time.monotonic()
-        self._bar: Any = None
-        if sys.stderr.isatty():
-            try:
-                tqdm = importlib.import_module("tqdm")
-            except ModuleNotFoundError:
-                self.say("progress as lines: tqdm is not installed")
-            else:
-                self._bar = tqdm.tqdm(total=total, unit="cell", leave=False)
-
-    def say(self, line: str) -> None:
-        """Prints a line above the bar."""
-        if self._bar is not None:
-            self._bar.write(line, file=sys.stderr)
-        else:
-            print(line, file=sys.stderr, flush=True)
+        super().__init__(total, "cell")
 
     def step(self, records: Sequence[Record]) -> None:
         """Counts a cell."""
-        self._done += 1
         latest = ""
         if records:
             record = records[-1]
             latest = f"{record.implementation} {record.case}: {record.us:.2f} us"
-        if self._bar is not None:
-            self._bar.set_postfix_str(latest, refresh=False)
-            self._bar.update()
-            return
-        now = time.monotonic()
-        if now - self._last_line > self.SECONDS_BETWEEN_LINES or self._done == self._total:
-            self._last_line = now
-            print(
-                f"[{self._done}/{self._total} cells, {now - self._start:.0f} s] {latest}",
-                file=sys.stderr,
-                flush=True,
-            )
-
-    def close(self) -> None:
-        """Removes the bar."""
-        if self._bar is not None:
-            self._bar.close()
+        is_last = self._done + 1 == self._total
+        self.advance(1, "{done}/{total} cells", latest, is_last=is_last)

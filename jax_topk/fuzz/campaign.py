@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib
 import sys
-import time
 from collections.abc import Sequence
 from typing import Any
 
@@ -13,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jax_topk import _progress
 from jax_topk.bench import oracle
 from jax_topk.fuzz import programs
 from jax_topk.fuzz.batch import Batch, Settings, draw_batch
@@ -60,45 +59,16 @@ class DeviceLostError(RuntimeError):
         self.case = case
 
 
-class Progress:
-    """A bar on a terminal if tqdm is there, else a line every few seconds."""
-
-    SECONDS_BETWEEN_LINES = 10.0
+class Progress(_progress.Progress):
+    """Counts rows."""
 
     def __init__(self, total: int):
         """Starts at 0 of `total` rows."""
-        self._total, self._done = total, 0
-        self._start = self._last_line = time.monotonic()
-        self._bar: Any = None
-        if sys.stderr.isatty():
-            try:
-                tqdm = importlib.import_module("tqdm")
-            except ModuleNotFoundError:
-                print("progress as lines: tqdm is not installed", file=sys.stderr)
-            else:
-                self._bar = tqdm.tqdm(total=total, unit="row", unit_scale=True, leave=False)
+        super().__init__(total, "row", unit_scale=True)
 
     def step(self, rows: int, failures: int) -> None:
         """Shows how many rows are done."""
-        added, self._done = rows - self._done, rows
-        if self._bar is not None:
-            self._bar.set_postfix_str(f"{failures} failures", refresh=False)
-            self._bar.update(added)
-            return
-        now = time.monotonic()
-        if now - self._last_line > self.SECONDS_BETWEEN_LINES:
-            self._last_line = now
-            print(
-                f"[{self._done:,}/{self._total:,} rows, {now - self._start:.0f} s]"
-                f" {failures} failures",
-                file=sys.stderr,
-                flush=True,
-            )
-
-    def close(self) -> None:
-        """Removes the bar."""
-        if self._bar is not None:
-            self._bar.close()
+        self.advance(rows - self._done, "{done:,}/{total:,} rows", f"{failures} failures")
 
 
 # --- replay lines ---------------------------------------------------------------------------------
