@@ -122,7 +122,7 @@ def _lower_for(platform: str | None) -> Callable[..., Sequence[Any]]:
         if chosen == "xla":
             if implementation is None and platform is not None:
                 _warn_of_missing_kernels(platform, dtype, k)
-            return _lower_to_xla(ctx, operands, params)
+            return _lower_to_xla(ctx, operands, params, platform)
         return _lower_to_target(ctx, operands, params)
 
     return rule
@@ -146,7 +146,9 @@ def _warn_of_missing_kernels(platform: str, dtype: Any, k: Any) -> None:
     )
 
 
-def _lower_to_xla(ctx: Any, operands: Sequence[Any], params: dict[str, Any]) -> Sequence[Any]:
+def _lower_to_xla(
+    ctx: Any, operands: Sequence[Any], params: dict[str, Any], platform: str | None
+) -> Sequence[Any]:
     def expression(*args: jax.Array) -> list[jax.Array]:
         operand, starts, lengths = split_operands(args, params["has_starts"], params["has_lengths"])
         return reference_top_k(
@@ -157,7 +159,7 @@ def _lower_to_xla(ctx: Any, operands: Sequence[Any], params: dict[str, Any]) -> 
             smallest=params["smallest"],
             sorted=params["sorted"],
             indices_only=params["indices_only"],
-            partitionable=_may_be_partitioned(ctx),
+            by_sort=platform != "cpu" or _may_be_partitioned(ctx),
         )
 
     token = _is_lowering_expression.set(True)

@@ -7,8 +7,9 @@ The steps, for operand `[*batch, width]`:
              orders the elements: larger is better
     window   move the window to the front of the row (only if it may start elsewhere than at 0) and
              fill the rest with the lowest key, so that among equal keys the window's come first
-    select   `lax.top_k` of the keys, or a stable sort of the row where rows may be partitioned over
-             devices (XLA gathers the operand of `lax.top_k`, and partitions a sort)
+    select   a stable sort of the row; on CPUs `lax.top_k` of the keys, which is faster there,
+             unless rows may be partitioned over devices (XLA gathers the operand of `lax.top_k`,
+             and partitions a sort)
     pad      results beyond the number of valid entries get index -1 and the worst value
     order    by index, if unsorted results are wanted
     decode   keys back to elements, bit for bit
@@ -66,7 +67,7 @@ def reference_top_k(
     smallest: bool = False,
     sorted: bool = True,
     indices_only: bool = False,
-    partitionable: bool = False,
+    by_sort: bool = True,
 ) -> list[jax.Array]:
     """Exact top-k of each row's window, as a composition of XLA operations.
 
@@ -78,7 +79,10 @@ def reference_top_k(
         smallest: select the smallest instead of the largest.
         sorted: best first, ties by lowest index; otherwise by ascending index.
         indices_only: leave out the values (which are then never computed).
-        partitionable: use only operations that XLA partitions over the batch without communication.
+        by_sort: select by a stable sort, which is right on every platform and partitioned over the
+            batch without communication; otherwise by `lax.top_k`, for CPUs. (On GPUs XLA serves
+            `lax.top_k` of float32 with k <= 16 by a kernel that compares floats as numbers: NaNs,
+            the filling among them, and zeros come out in no order. Seen with jax 0.11.2.)
 
     Returns:
         `[values, indices]`, or `[indices]`: each `[*batch, k]`; indices int32, counted from the
@@ -93,7 +97,7 @@ def reference_top_k(
     if length is not None:
         column = positions_like(keys)
         keys = jnp.where(column < length[..., None], keys, codec.lowest_key())
-    best_keys, indices = _select(keys, k, by_sort=partitionable)
+    best_keys, indices = _select(keys, k, by_sort)
     if length is not None:
         place = positions_like(indices)
         is_valid = place < length[..., None]

@@ -10,7 +10,8 @@ bit for bit:
     cpu    float32, float16 (`lax.top_k` quiets the NaNs of bfloat16 there, so it stays)
     cuda   float32, bfloat16, float16, for k up to the limit of the kernels. One difference: XLA's
            GPU code does not order NaNs of different payloads (seen on jax 0.11.2, float32 and
-           bfloat16); the kernels order them as the CPU does, larger payload first
+           bfloat16); the kernels order them as the CPU does, larger payload first. For k <= 16 in
+           rows of 1024 and more XLA has a kernel that takes -0.0 for +0.0 as well, so those stay
 
 Everything else, and `is_stable=False`, keeps JAX's own lowering. Only the lowering changes: traced
 programs, shapes, types, vmap and derivatives remain JAX's. Programs that were compiled before keep
@@ -51,6 +52,11 @@ EQUAL_DTYPES = {
     "cuda": ("float32", "bfloat16", "float16"),
 }
 """Where `lax.top_k` and the kernels return the same bits; on cuda, for every input without NaNs."""
+
+# Where XLA's GPU code has a kernel of its own (seen on jax 0.11.2, for widths divisible by 1024):
+# it compares floats as numbers, and as numbers the two zeros are equal.
+_SMALL_K = 16
+_SMALL_K_WIDTH = 1024
 
 _lock = threading.RLock()
 _num_contexts = 0
@@ -161,6 +167,7 @@ def _rule_for(platform: str, fallback: Callable[..., Any]) -> Callable[..., Sequ
             and not set(others) - {"is_stable"}
             and np.dtype(dtype).name in EQUAL_DTYPES[platform]
             and isinstance(k, int)
+            and _is_ordered_by_xla(platform, k, ctx.avals_in[0].shape[axis])
             and _lowering.why_not(platform, dtype, k) is None
         )
         if not is_served:
@@ -174,6 +181,13 @@ def _rule_for(platform: str, fallback: Callable[..., Any]) -> Callable[..., Sequ
         return lowered(ctx, operand)
 
     return rule
+
+
+def _is_ordered_by_xla(platform: str, k: int, width: Any) -> bool:
+    """Whether `lax.top_k` tells -0.0 from +0.0; `width` may be symbolic."""
+    if platform != "cuda" or k > _SMALL_K:
+        return True
+    return isinstance(width, int) and width < _SMALL_K_WIDTH
 
 
 def _find_tables() -> tuple[dict[str, dict[Any, Any]], Any]:

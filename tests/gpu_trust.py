@@ -4,8 +4,8 @@
 
 The parts: the tools are built; the stress tool runs alone, twice, and once more to see that its
 watchdog ends a hang; then the tests of the GPU, compute-sanitizer and the fuzzer run at the same
-time; last, alone, what needs most of the memory. The summary holds the GPU, the driver, versions,
-commit, seeds, counts, times and failures.
+time; last, one by one, what needs most of the memory. The summary holds the GPU, the driver,
+versions, commit, seeds, counts, times and failures.
 """
 
 from __future__ import annotations
@@ -31,6 +31,10 @@ from typing import Any
 
 ROOT = pathlib.Path(__file__).parents[1]
 HEARTBEAT_SECONDS = 20
+LARGE = {
+    "many_rows": "tests/test_limits.py::test_more_rows_than_a_grid_has_ctas",
+    "large": "tests/test_limits.py",
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -189,15 +193,19 @@ def parts_of(options: argparse.Namespace, build: pathlib.Path) -> list[list[Part
                 environment=quiet,
             ),
         ],
-        # Rows and elements beyond 2^31 and 2^32 need most of the GPU's memory.
-        [
-            Part(
-                "large",
-                (python, "-m", "pytest", "-m", "gpu", "-q", "-rs", "tests/test_limits.py"),
-                r"\d+ passed",
-                environment=(*quiet, ("JAX_TOPK_REQUIRE_GPU", "1")),
-            )
-        ],
+        # Rows and elements beyond 2^31 and 2^32 need most of the GPU's memory, so one by one, each
+        # in a process that holds none yet.
+        *(
+            [
+                Part(
+                    name,
+                    (*(python, "-m", "pytest", "-m", "gpu", "-q", "-rs"), test),
+                    r"\d+ passed",
+                    environment=(*quiet, ("JAX_TOPK_REQUIRE_GPU", "1")),
+                )
+            ]
+            for name, test in LARGE.items()
+        ),
     ]
     return [
         [dataclasses.replace(part, timeout=options.timeout) for part in stage] for stage in stages

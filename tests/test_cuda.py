@@ -256,12 +256,17 @@ def test_rows_at_every_alignment(gpu, offset):
 # --- the XLA expression on this platform, and what lax.top_k does here ----------------------------
 
 
+# For k <= 16 and widths divisible by 1024, XLA serves `lax.top_k` by a kernel that compares floats
+# as numbers. The expression once used it, and got every masked row wrong.
+@pytest.mark.parametrize(("width", "k"), [(700, 50), (1024, 1), (4096, 16), (8192, 17)])
 @pytest.mark.parametrize("mode", ["largest", "smallest"])
 @pytest.mark.parametrize("dtype", FLOATS)
-def test_the_xla_expression_on_the_gpu(gpu, dtype, mode):
-    x = inputs.rows_of(700, FLOATS[dtype])
-    starts, lengths = inputs.windows_of(len(x), 700)
-    Runner("xla", gpu.device).check(x, 50, starts=starts, lengths=lengths, mode=mode)
+def test_the_xla_expression_on_the_gpu(gpu, dtype, mode, width, k):
+    x = inputs.rows_of(width, FLOATS[dtype])
+    starts, lengths = inputs.windows_of(len(x), width)
+    runner = Runner("xla", gpu.device)
+    runner.check(x, k, starts=starts, lengths=lengths, mode=mode)
+    runner.check(x, k, mode=mode)
 
 
 @pytest.mark.parametrize("name", ["int32", "int8", "uint16", "bool", "float8_e4m3fn", "int4"])
@@ -312,6 +317,19 @@ def test_install_on_the_gpu(gpu):
         function = jax.jit(lambda x: lax.top_k(x, 100))
         assert _native.TARGET_VALUES_INDICES in function.lower(x).as_text()
         results = function(x)
+    for result, want in zip(results, wanted, strict=True):
+        assert_same(np.asarray(result), want)
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("k", [1, 16, 17])
+def test_install_changes_no_zero(gpu, k, dtype):
+    """XLA's kernel for small k takes -0.0 for +0.0: there, install leaves it in place."""
+    x = inputs.rows_of(4096, FLOATS[dtype], generators=(inputs.signed_zeros, inputs.few_values))
+    x = gpu.put(x)
+    wanted = [np.asarray(result) for result in jax.jit(lambda x: lax.top_k(x, k))(x)]
+    with jax_topk.installed():
+        results = jax.jit(lambda x: lax.top_k(x, k))(x)
     for result, want in zip(results, wanted, strict=True):
         assert_same(np.asarray(result), want)
 

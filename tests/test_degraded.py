@@ -292,3 +292,27 @@ def test_other_platforms_take_the_expression_silently(platform):
             jax.jit(lambda x: jax_topk.top_k(x, 5, lengths=3)), platforms=[platform]
         )(jnp.ones((2, 50)))
     assert "jax_topk_v1" not in exported.mlir_module()
+
+
+@pytest.mark.parametrize(("platform", "is_sorted"), [("cpu", False), ("cuda", True), ("tpu", True)])
+def test_the_expression_sorts_wherever_lax_top_k_is_not_known_to_order_bits(platform, is_sorted):
+    """On GPUs `lax.top_k` of small k is wrong about NaN, with which the expression fills rows."""
+    function = jax.jit(lambda x: jax_topk.top_k(x, 5, lengths=3, implementation="xla"))
+    text = export.export(function, platforms=[platform])(jnp.ones((2, 50))).mlir_module()
+    # "chlo.top_k" on one version of JAX, a custom call of that or of a similar name on another.
+    calls = re.findall(r"chlo\.top_k|@\w*topk\w*|@\w*TopK\w*", re.sub(r"loc\(.*", "", text))
+    assert bool(calls) != is_sorted
+
+
+@pytest.mark.parametrize(
+    ("k", "width", "is_taken"), [(16, 1023, True), (16, 1024, False), (17, 1024, True)]
+)
+def test_small_k_of_wide_rows_keeps_its_lowering_on_a_gpu(machine, k, width, is_taken):
+    """There XLA has a kernel that takes -0.0 for +0.0, and `install` promises equal bits."""
+    machine(FINE["the driver of the compiler"])
+    checks = [export.DisabledSafetyCheck.custom_call(target) for target in _native.TARGETS]
+    with jax_topk.installed():
+        function = jax.jit(lambda x: lax.top_k(x, k))
+        exported = export.export(function, platforms=["cuda"], disabled_checks=checks)
+        text = exported(jnp.ones((2, width))).mlir_module()
+    assert ("jax_topk_v1" in text) == is_taken

@@ -66,7 +66,9 @@ def test_the_parts_are_commands_of_this_checkout(tmp_path):
     for part in parts.values():
         for word in " ".join(part.command).split():
             if word.startswith(("ffi/", "tests/")):
-                assert (gpu_trust.ROOT / word).exists(), word
+                path, _, test = word.partition("::")
+                assert (gpu_trust.ROOT / path).exists(), word
+                assert not test or f"def {test}(" in (gpu_trust.ROOT / path).read_text(), word
     assert "--seed 6" in " ".join(parts["stress_again"].command)
     assert "5,6,7" in parts["fuzz"].command
     assert "--commit abc" in " ".join(parts["fuzz"].command)
