@@ -129,10 +129,8 @@ def _activate() -> None:
     for platform in served:
         before = tables.get(platform, {}).get(primitives.top_k_p)
         fallback = (before or default).rule
-        # Not cacheable: the XLA expression holds the same operation, and must keep JAX's lowering.
-        mlir.register_lowering(
-            primitives.top_k_p, _rule_for(platform, fallback), platform=platform, cacheable=False
-        )
+        # Cacheable, as JAX's own: JAX cannot lower for several platforms at once what is not.
+        mlir.register_lowering(primitives.top_k_p, _rule_for(platform, fallback), platform=platform)
         replaced[platform] = before
     _replaced = replaced
 
