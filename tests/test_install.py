@@ -362,6 +362,17 @@ def test_other_types_keep_their_lowering(dtype):
         assert text_of(lambda x: lax.top_k(x, 5), x) == before
 
 
+def test_random_keys_fail_as_before():
+    """JAX traces them and cannot lower them: whatever it says then is not ours to replace."""
+    keys = jax.random.split(KEY, 3)
+    messages = []
+    for context in (contextlib.nullcontext, jax_topk.installed):
+        with context(), pytest.raises(Exception) as caught:
+            jax.jit(lambda x: lax.top_k(x, 1)).lower(keys)
+        messages.append((caught.type, str(caught.value).splitlines()[0]))
+    assert messages[0] == messages[1]
+
+
 def test_an_unstable_top_k_keeps_its_lowering():
     if "is_stable" not in lax.top_k.__kwdefaults__:
         pytest.skip("this version of JAX has only the stable form")
