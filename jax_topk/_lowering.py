@@ -162,6 +162,10 @@ def _lower_to_xla(
             by_sort=platform != "cpu" or _may_be_partitioned(ctx),
         )
 
+    # Without what JAX has lowered already and reuses: under `install()` the same operation becomes
+    # a kernel outside of the expression and must not become one inside, nor the other way round.
+    own_caches = ctx.module_context.replace(lowering_cache={}, cached_primitive_lowerings={})
+    ctx = ctx.replace(module_context=own_caches)
     token = _is_lowering_expression.set(True)
     try:
         return mlir.lower_fun(expression, multiple_results=True)(ctx, *operands)
@@ -202,7 +206,7 @@ def _lower_to_target(ctx: Any, operands: Sequence[Any], params: dict[str, Any]) 
     target = _native.TARGET_INDICES if indices_only else _native.TARGET_VALUES_INDICES
     ctx = ctx.replace(avals_in=[operand_aval, counts_aval, counts_aval])
     rule = jax.ffi.ffi_lowering(target, extra_attributes=_partitioning_attributes(ctx))
-    return rule(
+    results = rule(
         ctx,
         operand,
         starts,
@@ -211,6 +215,24 @@ def _lower_to_target(ctx: Any, operands: Sequence[Any], params: dict[str, Any]) 
         sorted=params["sorted"] and not indices_only,
         plan=params["plan"],
     )
+    return _pin_explicit_shardings(ctx, results)
+
+
+def _pin_explicit_shardings(ctx: Any, results: Sequence[Any]) -> Sequence[Any]:
+    """Constrains results to the shardings in their types, as JAX's own rules do in explicit mode.
+
+    Where no mesh axis is explicit, the partitioner decides, and the program stays as it is.
+    """
+    avals = ctx.avals_out
+    if jax.sharding.AxisType.Explicit not in avals[0].sharding.mesh.axis_types:
+        return results
+
+    def pin(*values: jax.Array) -> list[jax.Array]:
+        return [
+            jax.sharding.reshard(x, aval.sharding) for x, aval in zip(values, avals, strict=True)
+        ]
+
+    return mlir.lower_fun(pin, multiple_results=True)(ctx.replace(avals_in=avals), *results)
 
 
 def _absent_counts(ctx: Any, aval: Any, two_values: tuple[int, int]) -> Any:

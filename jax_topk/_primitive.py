@@ -133,7 +133,13 @@ jax_topk_p.def_abstract_eval(_abstract_eval)
 
 @functools.cache
 def _compiled(**params: Any) -> Any:
-    return jax.jit(functools.partial(jax_topk_p.bind, **params))
+    def jax_topk(*operands: jax.Array) -> list[jax.Array]:
+        return jax_topk_p.bind(*operands, **params)
+
+    # How JAX marks the compiled call of one primitive. Under `jax.debug_nans` it then raises
+    # FloatingPointError, instead of looking for the NaN by another call of this function.
+    jax_topk._apply_primitive = True  # type: ignore[attr-defined]
+    return jax.jit(jax_topk)
 
 
 def _impl(*operands: jax.Array, **params: Any) -> list[jax.Array]:

@@ -35,7 +35,6 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
-import numpy as np
 from jax.extend.core import primitives
 from jax.interpreters import mlir
 
@@ -135,10 +134,8 @@ def _activate() -> None:
     for platform in served:
         before = tables.get(platform, {}).get(primitives.top_k_p)
         fallback = (before or default).rule
-        # Not cacheable: the XLA expression holds the same operation, and must keep JAX's lowering.
-        mlir.register_lowering(
-            primitives.top_k_p, _rule_for(platform, fallback), platform=platform, cacheable=False
-        )
+        # Cacheable, as JAX's own: JAX cannot lower for several platforms at once what is not.
+        mlir.register_lowering(primitives.top_k_p, _rule_for(platform, fallback), platform=platform)
         replaced[platform] = before
     _replaced = replaced
 
@@ -165,7 +162,7 @@ def _rule_for(platform: str, fallback: Callable[..., Any]) -> Callable[..., Sequ
             not _lowering.is_lowering_expression()
             and others.get("is_stable", True)
             and not set(others) - {"is_stable"}
-            and np.dtype(dtype).name in EQUAL_DTYPES[platform]
+            and str(dtype) in EQUAL_DTYPES[platform]  # random keys have no NumPy dtype
             and isinstance(k, int)
             and _is_ordered_by_xla(platform, k, ctx.avals_in[0].shape[axis])
             and _lowering.why_not(platform, dtype, k) is None

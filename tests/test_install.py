@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import pathlib
 import re
@@ -16,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax import lax
+from jax._src.interpreters import mlir as mlir_internals
 from jax.extend.core import primitives
 from jax.interpreters import mlir
 from runners import assert_same
@@ -42,6 +44,8 @@ def leave_no_trace():
     assert not install.is_installed()
     after = {name: tables[name].get(primitives.top_k_p) for name in ("cpu", "cuda")}
     assert after == before
+    # JAX keeps a set of operations whose lowering it does not reuse, and offers no way out of it.
+    assert primitives.top_k_p not in getattr(mlir_internals, "_uncacheable_primitives", ())
     jax.clear_caches()
 
 
@@ -193,6 +197,98 @@ def test_jnp_top_k_is_routed_too(mode):
     under_both(lambda x: jnp.top_k(x, 5, mode=mode), inputs.rows_of(100, np.float32))
 
 
+# --- the functions of JAX that call it ------------------------------------------------------------
+
+KEY = jax.random.key(0)
+
+CALLERS = {
+    "partition": lambda x: jnp.partition(x, 20),
+    "partition_axis": lambda x: jnp.partition(x, 2, axis=0),
+    "argpartition": lambda x: jnp.argpartition(x, 20),
+    "argpartition_axis": lambda x: jnp.argpartition(x, -1, axis=0),
+    "choice": lambda x: jax.random.choice(
+        KEY, x.shape[1], (9,), replace=False, p=jax.nn.softmax(x[0])
+    ),
+    "choice_of_rows": lambda x: jax.random.choice(
+        KEY, x, (3,), replace=False, p=jax.nn.softmax(x[:, 0]), axis=0
+    ),
+    "categorical": lambda x: jax.random.categorical(KEY, x, shape=(2, 3, 5), replace=False),
+    "categorical_axis": lambda x: jax.random.categorical(
+        KEY, x, axis=0, shape=(4, x.shape[1]), replace=False
+    ),
+    "gradient_of_partition": jax.grad(lambda x: jnp.sum(jnp.partition(x, 20)[:, :20] ** 2)),
+    "vmap_of_partition": jax.vmap(lambda row: jnp.partition(row, 7)),
+}
+
+
+@pytest.mark.parametrize("name", CALLERS)
+def test_functions_of_jax_that_call_it_are_bit_equal(name):
+    """Every function of JAX 0.10.2 to 0.12 that calls `lax.top_k`; `jnp.top_k` is above.
+
+    `approx_max_k` and `approx_min_k` are an operation of their own.
+    """
+    x = np.random.default_rng(8).integers(-9, 9, (5, 40)).astype(np.float32)  # with ties
+    under_both(CALLERS[name], x)
+
+
+@pytest.mark.parametrize("mode", ["eager", "x64", "no jit"])
+def test_functions_of_jax_that_call_it_in_other_modes(mode):
+    contexts = {
+        "eager": contextlib.nullcontext,
+        "x64": lambda: jax.enable_x64(True),
+        "no jit": jax.disable_jit,
+    }
+    x = np.random.default_rng(8).integers(-9, 9, (5, 40)).astype(np.float32)
+    for name in ("partition", "argpartition_axis", "choice", "categorical_axis"):
+        with jax.default_device(jax.devices("cpu")[0]), contexts[mode]():
+            theirs = CALLERS[name](x)
+            jax.clear_caches()
+            with jax_topk.installed():
+                ours = CALLERS[name](x)
+            jax.clear_caches()
+        assert ours.dtype == theirs.dtype
+        assert_same(np.asarray(ours), np.asarray(theirs))
+
+
+# --- export ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [np.float32, jnp.bfloat16, np.int32, np.bool_])
+def test_several_platforms_at_once(dtype):
+    """One exported module for many platforms, of which some have a rule of ours and some do not."""
+    from jax import export
+
+    x = np.random.default_rng(10).integers(-9, 9, (3, 50)).astype(dtype)
+    platforms = ("cpu", "cuda", "rocm", "tpu")
+    with jax_topk.installed():
+        exported = export.export(
+            jax.jit(lambda x: (lax.top_k(x, 5), lax.top_k(x, 5))),
+            platforms=platforms,
+            disabled_checks=[export.DisabledSafetyCheck.custom_call(TARGET)],
+        )(x)
+    assert exported.platforms == platforms
+    text = exported.mlir_module()
+    assert "top_k" in text.replace(TARGET, "")
+    assert (f"@{TARGET}(" in text) == (dtype == np.float32 or _native.CUDA.is_available)
+    x = jax.device_put(x, jax.devices("cpu")[0])
+    for ours in exported.call(x):
+        for a, b in zip(ours, lax.top_k(x, 5), strict=True):
+            assert_same(np.asarray(a), np.asarray(b))
+
+
+def test_symbolic_k():
+    """`k` may be a symbolic size for JAX; its own lowering then stays, which needs no target."""
+    from jax import export
+
+    (width,) = export.symbolic_shape("n", constraints=["n >= 2"])
+    shape = jax.ShapeDtypeStruct((width,), jnp.float32)
+    with jax_topk.installed():
+        function = jax.jit(lambda x: lax.top_k(x, x.shape[0] - 1))
+        exported = export.export(function, platforms=["cpu"])(shape)
+    for a, b in zip(exported.call(X[0]), lax.top_k(X[0], X.shape[1] - 1), strict=True):
+        assert_same(np.asarray(a), np.asarray(b))
+
+
 def test_symbolic_sizes():
     from jax import export
 
@@ -264,6 +360,17 @@ def test_other_types_keep_their_lowering(dtype):
     before = text_of(lambda x: lax.top_k(x, 5), x)
     with jax_topk.installed():
         assert text_of(lambda x: lax.top_k(x, 5), x) == before
+
+
+def test_random_keys_fail_as_before():
+    """JAX traces them and cannot lower them: whatever it says then is not ours to replace."""
+    keys = jax.random.split(KEY, 3)
+    messages = []
+    for context in (contextlib.nullcontext, jax_topk.installed):
+        with context(), pytest.raises(Exception) as caught:
+            jax.jit(lambda x: lax.top_k(x, 1)).lower(keys)
+        messages.append((caught.type, str(caught.value).splitlines()[0]))
+    assert messages[0] == messages[1]
 
 
 def test_an_unstable_top_k_keeps_its_lowering():

@@ -76,6 +76,59 @@ def expect(results, x, starts, lengths, is_sorted=True):
 # --- rows over devices ----------------------------------------------------------------------------
 
 
+@kinds
+def test_types_bind_the_partitioner_in_explicit_mode_alone(mesh_of, implementation, kind):
+    """Each result carries the sharding of its type as a constraint, as those of `lax.top_k` do."""
+    mesh = mesh_of(kind)
+    x, lengths = data()
+    with jax.set_mesh(mesh):
+        x = jax.device_put(x, jax.NamedSharding(mesh, jax.P("x", "y")))
+
+        def text_of(function):
+            return jax.jit(function).lower(x, lengths).as_text()
+
+        ours = text_of(
+            lambda x, lengths: jax_topk.top_k(x, K, lengths=lengths, implementation=implementation)
+        )
+        set_alone = text_of(
+            lambda x, lengths: jax_topk.top_k_indices(x, K, implementation=implementation)
+        )
+        theirs = text_of(lambda x, lengths: jax.lax.top_k(x, K))
+    constraint = "sdy.sharding_constraint"
+    if kind is AxisType.Explicit:
+        assert theirs.count(constraint) == 2
+        assert ours.count(constraint) >= 2
+        assert set_alone.count(constraint) >= 1
+    else:
+        assert theirs.count(constraint) == 0
+        if implementation == "cpu":
+            assert ours.count(constraint) == set_alone.count(constraint) == 0
+
+
+def test_explicit_axes_inside_a_shard_map_over_another(mesh_of, implementation):
+    """Half of the mesh is manual and half is explicit: the constraint names the explicit half.
+
+    JAX itself gathers the explicit half at the border of the `shard_map`, whatever is inside.
+    """
+    mesh = mesh_of(AxisType.Explicit)
+    x, lengths = data()
+    with jax.set_mesh(mesh):
+        rows = jax.device_put(x, jax.NamedSharding(mesh, jax.P("x", "y")))
+        counts = jax.device_put(lengths, jax.NamedSharding(mesh, jax.P("x", "y")))
+
+        def local(x, lengths):
+            results = jax_topk.top_k(x, K, lengths=lengths, implementation=implementation)
+            for result in results:
+                assert jax.typeof(result).sharding.spec == jax.P(None, "y", None)
+            return tuple(results)
+
+        select = jax.shard_map(
+            local, in_specs=(jax.P("x"), jax.P("x")), out_specs=jax.P("x"), axis_names={"x"}
+        )
+        results = jax.jit(select)(rows, counts)
+    expect(results, x, None, lengths)
+
+
 def test_the_search_for_collectives_finds_them(mesh_of):
     """The control: `lax.top_k` gathers the very rows that `top_k` leaves in place."""
     mesh = mesh_of(AxisType.Auto)

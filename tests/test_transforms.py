@@ -145,6 +145,19 @@ def test_under_a_strict_jax(top_k, strict_jax, x64):
         assert jax.grad(loss)(x).shape == x.shape
 
 
+@pytest.mark.parametrize("is_jitted", [False, True])
+@pytest.mark.parametrize("search", [jax.debug_nans, jax.debug_infs])
+def test_a_search_for_nans_ends_at_the_primitive(top_k, search, is_jitted):
+    """JAX calls the parts of a program one by one to find where a NaN comes from."""
+    function = jax.jit(lambda x: top_k(x, 2)) if is_jitted else lambda x: top_k(x, 2)
+    rows = np.array([[1, 2, 3], [4, 5, np.nan if search is jax.debug_nans else np.inf]], np.float32)
+    with search(True):
+        for value in function(np.ones((2, 3), np.float32))[0].ravel():
+            assert value == 1
+        with pytest.raises(FloatingPointError, match="encountered in"):
+            jax.block_until_ready(function(rows))
+
+
 def test_evaluating_a_jaxpr(top_k):
     x = normal(3, 20)
     closed = jax.make_jaxpr(lambda x: top_k(x, 4))(x)
