@@ -112,6 +112,11 @@ class TestBlock:
         assert actual == pytest.approx(expected, rel=1e-5)
 
 
+def decode(params, episodes, select):
+    """`recall.evaluate`, its program compiled before."""
+    return recall.evaluate(recall.decode.lower(params, episodes, select).compile(), params, episodes)
+
+
 class TestRecall:
     def test_packed_episodes(self):
         positions = jnp.arange(24) % 8
@@ -155,8 +160,8 @@ class TestRecall:
         with jax.default_device(device_of(implementation)):
             params = random_weights(lambda key, _: recall.init_params(key), None)
             episodes = recall.evaluation_episodes(streams=2, steps=96, seed=0)
-            outcome = recall.evaluate(params, episodes, selection.select_top_k(implementation))
-            expected = recall.evaluate(params, episodes, xla)
+            outcome = decode(params, episodes, selection.select_top_k(implementation))
+            expected = decode(params, episodes, xla)
         np.testing.assert_array_equal(outcome.indices, expected.indices)
         np.testing.assert_array_equal(outcome.answers, expected.answers)
         hits = (outcome.indices == np.asarray(episodes.needles)[..., None]).any(axis=-1)
@@ -165,7 +170,7 @@ class TestRecall:
     def test_a_recent_window_hits_what_is_recent(self):
         params = random_weights(lambda key, _: recall.init_params(key), None)
         episodes = recall.evaluation_episodes(streams=2, steps=96, seed=0)
-        outcome = recall.evaluate(params, episodes, selection.select_recent)
+        outcome = decode(params, episodes, selection.select_recent)
         age = np.arange(96) - np.asarray(episodes.needles)
         np.testing.assert_array_equal(outcome.is_hit, age < recall.CONFIG.top_k)
 

@@ -50,11 +50,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from examples.sparse_attention import command, model, serve_report
+from examples.sparse_attention.compiling import Compiler
 from examples.sparse_attention.config import CONFIGS
 from examples.sparse_attention.serve_programs import (
     FREE,
     KEY,
-    Compiler,
     PendingPrograms,
     Programs,
     Setting,
@@ -440,7 +440,7 @@ def compile_programs(
     def init(key: jax.Array) -> model.Params:
         return model.init_model(key, settings[0].config)
 
-    weights = compiler.submit("weights", init, (KEY,))
+    weights = compiler.submit("weights", jax.jit(init).lower(KEY))
     pending = [PendingPrograms(setting, names, compiler) for setting in settings]
     for batch in pending:
         batch.submit_rest()

@@ -17,9 +17,6 @@ from __future__ import annotations
 import concurrent.futures
 import dataclasses
 import functools
-import os
-import threading
-import time
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -28,6 +25,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from examples.sparse_attention import command, model, selection
+from examples.sparse_attention.compiling import Compiler, Future
 from examples.sparse_attention.config import CONFIGS, Config
 from examples.sparse_attention.pieces import rms_norm
 from examples.sparse_attention.selection import Selector
@@ -264,69 +262,6 @@ class Programs:
     prefills: dict[str, Callable[..., Any]]
 
 
-Future = concurrent.futures.Future[Any]
-
-
-class Compiler:
-    """Compiles programs in threads. Lowering, which Python limits to one thread, is done at once.
-
-    Args:
-        log: called with one sentence per program.
-    """
-
-    def __init__(self, log: Callable[[str], None]) -> None:
-        # At least two, as one may wait for another (see `submit`).
-        self._pool = concurrent.futures.ThreadPoolExecutor(max(2, os.cpu_count() or 2))
-        self._is_stopped = threading.Event()
-        self._log = log
-
-    def submit(
-        self,
-        label: str,
-        function: Callable[..., Any],
-        arguments: Iterable[Any],
-        donate: int | None = None,
-        after: Future | None = None,
-    ) -> Future:
-        """Lowers a function for arguments of given shapes, and starts to compile it.
-
-        Args:
-            label: for the log.
-            function: to be jitted.
-            arguments: `jax.ShapeDtypeStruct`, or pytrees of them.
-            donate: argument whose memory the result takes over.
-            after: an earlier submission to wait for.
-        """
-        donated = () if donate is None else (donate,)
-        lowered = jax.jit(function, donate_argnums=donated).lower(*arguments)
-
-        def compile_lowered() -> Callable[..., Any]:
-            if after is not None:
-                after.result()
-            if self._is_stopped.is_set():
-                raise concurrent.futures.CancelledError
-            start = time.perf_counter()
-            compiled = lowered.compile()
-            seconds = time.perf_counter() - start
-            self._log(f"compiled {label} in {seconds:.1f} s{temporary_memory(compiled)}")
-            return compiled
-
-        return self._pool.submit(compile_lowered)
-
-    def stop(self) -> None:
-        """Awaits what is being compiled; what is not yet, will not be."""
-        self._is_stopped.set()
-        self._pool.shutdown(wait=True, cancel_futures=True)
-
-
-def temporary_memory(compiled: Any) -> str:
-    """What a program allocates besides arguments and results, for the log."""
-    analysis = compiled.memory_analysis()
-    if analysis is None:
-        return ""
-    return f" (temporary memory {analysis.temp_size_in_bytes / 1e9:.2f} GB)"
-
-
 KEY = jax.eval_shape(lambda: jax.random.key(0))
 
 
@@ -361,9 +296,29 @@ class PendingPrograms:
         self._state = (weight_shapes(setting.config), cache_shapes(setting), row, row)
         self._submit_step(FREE, after=None)
 
-    def _submit(self, kind: str, name: str, *arguments: Any, **options: Any) -> None:
+    def _submit(
+        self,
+        kind: str,
+        name: str,
+        function: Callable[..., Any],
+        arguments: Iterable[Any],
+        donate: int | None = None,
+        after: Future | None = None,
+    ) -> None:
+        """Lowers a function for arguments of given shapes, and starts to compile it.
+
+        Args:
+            kind: of program.
+            name: of the implementation of top-k, if there is one program for each.
+            function: to be jitted.
+            arguments: `jax.ShapeDtypeStruct`, or pytrees of them.
+            donate: argument whose memory the result takes over.
+            after: see `Compiler.submit`.
+        """
         label = f"{kind} {name}".strip() + f", batch {self.setting.batch}"
-        self._futures[kind, name] = self._compiler.submit(label, *arguments, **options)
+        donated = () if donate is None else (donate,)
+        lowered = jax.jit(function, donate_argnums=donated).lower(*arguments)
+        self._futures[kind, name] = self._compiler.submit(label, lowered, after)
 
     def _submit_step(self, name: str, after: Future | None) -> None:
         step = functools.partial(decode_step, config=self.setting.config, select=selector(name))
