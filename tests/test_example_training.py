@@ -114,7 +114,9 @@ class TestBlock:
 
 def decode(params, episodes, select):
     """`recall.evaluate`, its program compiled before."""
-    return recall.evaluate(recall.decode.lower(params, episodes, select).compile(), params, episodes)
+    return recall.evaluate(
+        recall.decode.lower(params, episodes, select).compile(), params, episodes
+    )
 
 
 class TestRecall:

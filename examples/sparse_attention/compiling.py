@@ -13,7 +13,7 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Mapping
 from typing import Any, TypeVar
 
 import jax
@@ -37,7 +37,9 @@ class Compiler:
         self._is_stopped = threading.Event()
         self._log, self._options = log, options
 
-    def submit(self, label: str, lowered: jax.stages.Lowered, after: Future | None = None) -> Future:
+    def submit(
+        self, label: str, lowered: jax.stages.Lowered, after: Future | None = None
+    ) -> Future:
         """Starts to compile a lowered program.
 
         Args:
@@ -83,7 +85,7 @@ def options_without_autotuning(device: jax.Device) -> dict[str, Any] | None:
 
 
 def compile_all(
-    programs: dict[Label, Callable[[], jax.stages.Lowered]], options: dict[str, Any] | None
+    programs: Mapping[Label, Callable[[], jax.stages.Lowered]], options: dict[str, Any] | None
 ) -> dict[Label, jax.stages.Compiled]:
     """Lowers and compiles programs side by side, with a progress bar that names those under way.
 

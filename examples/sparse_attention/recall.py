@@ -28,7 +28,7 @@ import itertools
 import pathlib
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 import jax
@@ -350,9 +350,7 @@ class Outcome(NamedTuple):
     seconds: float
 
 
-def evaluate(
-    compiled: jax.stages.Compiled, params: model.Params, episodes: Episode
-) -> Outcome:
+def evaluate(compiled: jax.stages.Compiled, params: model.Params, episodes: Episode) -> Outcome:
     """Decodes the episodes by `decode`, compiled for them, and scores the answers."""
     start = time.perf_counter()
     results = jax.block_until_ready(compiled(params, episodes))
@@ -364,7 +362,7 @@ def evaluate(
 
 def programs_to_compile(
     ways: dict[str, Selector | None], episodes: Episode
-) -> dict[str, Callable[[], jax.stages.Lowered]]:
+) -> Mapping[str, Callable[[], jax.stages.Lowered]]:
     """Everything that the command runs, lowered for its shapes on demand, by name.
 
     These are `weights`; of every phase of training, its steps by its name, and its `, state`; and
@@ -472,9 +470,7 @@ def demonstrate(args: argparse.Namespace) -> int:
     reported = [name for name in ways if name != "the same with xla"]
     episodes = evaluation_episodes(args.streams, args.steps, args.seed)
     device = next(iter(episodes.keys.devices()))
-    programs = compile_all(
-        programs_to_compile(ways, episodes), options_without_autotuning(device)
-    )
+    programs = compile_all(programs_to_compile(ways, episodes), options_without_autotuning(device))
     compiled = time.perf_counter()
     params = train(programs, args.seed)
     trained = time.perf_counter()

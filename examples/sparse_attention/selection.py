@@ -43,8 +43,8 @@ def select_recent(scores: Array, starts: Array | None, lengths: Array, k: int) -
     return jnp.where(indices < lengths[:, None], indices, -1)
 
 
-def noise_of(key: Array, shape: tuple[int, int], ends: Array) -> Array:
-    """Uniform noise `[R, n]`; that of a row depends on the key and its window's end `ends` `[R]`."""
+def noise_of(key: Array, shape: tuple[int, ...], ends: Array) -> Array:
+    """Uniform noise `[R, n]`, a row's from the key and its window's end `ends` `[R]`."""
     row_keys = jax.vmap(lambda end: jax.random.fold_in(key, end))(ends)
     return jax.vmap(lambda row_key: jax.random.uniform(row_key, shape[1:]))(row_keys)
 

@@ -22,7 +22,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax import Array
+from jax import Array, lax
 
 from examples.sparse_attention import command, model, selection
 from examples.sparse_attention.compiling import Compiler, Future
@@ -36,6 +36,7 @@ from examples.sparse_attention.selection import Selector
 DECODE_BLOCK_BYTES = 32 * 2**20
 PREFILL_BLOCK_BYTES = 512 * 2**20
 FREE = "free"
+LAX = "lax"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -112,10 +113,22 @@ def select_evenly(scores: Array, starts: Array | None, lengths: Array, k: int) -
     return jnp.where((i < lengths[:, None]) & ~never, indices, -1)
 
 
+def select_by_lax(scores: Array, starts: Array | None, lengths: Array, k: int) -> Array:
+    """`lax.top_k` of masked scores, as one writes it without this package: the best first."""
+    column = jnp.arange(scores.shape[1], dtype=jnp.int32)
+    first = 0 if starts is None else starts[:, None]
+    is_inside = (column >= first) & (column < first + lengths[:, None])
+    indices = lax.top_k(jnp.where(is_inside, scores, -jnp.inf), k)[1] - first
+    # Fewer than k in the window: the rest are masked columns, and come last.
+    return jnp.where((indices >= 0) & (indices < lengths[:, None]), indices, -1)
+
+
 def selector(name: str) -> Selector:
     """The selector of an implementation, by the name it has in the tables."""
     if name == FREE:
         return select_evenly
+    if name == LAX:
+        return select_by_lax
     return selection.select_top_k(command.implementation_of(name))
 
 
@@ -249,9 +262,9 @@ class Programs:
         setting: sizes.
         fill: key -> caches (see `synthetic_caches`).
         scores: see `first_scores`.
-        selections: see `select_first`; the chosen implementation and xla.
-        steps: see `decode_step`, caches donated; these two, and the free selection.
-        prefills: see `prefill`, caches donated; these two, or none.
+        selections: see `select_first`; the chosen implementation, xla and lax.
+        steps: see `decode_step`, caches donated; these three, and the free selection.
+        prefills: see `prefill`, caches donated; these three, or none.
     """
 
     setting: Setting
@@ -341,12 +354,12 @@ class PendingPrograms:
             return
         prompt = jax.ShapeDtypeStruct((setting.prefill_buffer,), jnp.int32)
         number = jax.ShapeDtypeStruct((), jnp.int32)
-        first = None  # here, too, the second finds the choices of the first
+        first = None  # here, too, the others find the choices of the first
         for name in self._names:
             run = functools.partial(prefill, setting=setting, select=selector(name))
             arguments = (params, caches, prompt, number, number)
             self._submit("prefill", name, run, arguments, donate=1, after=first)
-            first = self._futures["prefill", name]
+            first = first or self._futures["prefill", name]
 
     def wait(self, seconds: float | None) -> Programs | None:
         """The programs, or None if they are not all compiled within that time."""

@@ -26,7 +26,7 @@ import dataclasses
 import functools
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 
 import jax
 import jax.numpy as jnp
@@ -199,7 +199,7 @@ def reading_ways(implementation: selection.Implementation, seed: int) -> dict[st
 
 def programs_to_compile(
     ways: dict[str, Way], args: argparse.Namespace
-) -> dict[str, Callable[[], jax.stages.Lowered]]:
+) -> Mapping[str, Callable[[], jax.stages.Lowered]]:
     """Everything that the command runs, lowered for its shapes on demand, by name.
 
     Two programs per way of reading, `adapting, ...` and `held-out loss, ...`, serve all budgets.
