@@ -112,8 +112,8 @@ def test_products_per_head_stay_in_cache(batch):
     setting = serve_programs.new_setting("v32", 2, 64, batch, 131072, 0, 256)
     config = setting.config
     products = 4 * batch * config.index_heads * config.index_block
-    assert products <= serve_programs.DECODE_BLOCK_BYTES
-    assert config.index_block <= 131072 // 4
+    assert products == serve_programs.DECODE_BLOCK_BYTES
+    assert config.index_block == 131072 // batch
     assert 131072 % config.index_block == 0
     assert (config.num_layers, config.vocab_size) == (2, 64)
     assert config.dim == CONFIGS["v32"].dim
