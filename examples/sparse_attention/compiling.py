@@ -17,7 +17,6 @@ from collections.abc import Callable, Hashable, Mapping
 from typing import Any, TypeVar
 
 import jax
-from tqdm import tqdm
 
 Future = concurrent.futures.Future[Any]
 Label = TypeVar("Label", bound=Hashable)
@@ -94,6 +93,8 @@ def compile_all(
             first.
         options: see `Compiler`.
     """
+    from tqdm import tqdm  # not at the top: `serve` needs no bar, and so no tqdm
+
     compiler = Compiler(lambda sentence: None, options)
     try:
         with tqdm(total=len(programs), desc="compiling", unit="program", file=sys.stdout) as bar:
@@ -110,6 +111,8 @@ def compile_all(
                 done, waiting = concurrent.futures.wait(
                     waiting, timeout=1, return_when=concurrent.futures.FIRST_COMPLETED
                 )
+                for future in done:
+                    future.result()  # raises at once what XLA raised
                 bar.update(len(done))
             bar.set_postfix_str("")
         return {label: future.result() for label, future in futures.items()}

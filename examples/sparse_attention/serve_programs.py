@@ -33,7 +33,8 @@ from examples.sparse_attention.selection import Selector
 # Products per index head of one block of candidates. While decoding, small enough for the L2 cache
 # of an H100 (50 MB), so that reducing them over heads does not go through memory. No smaller: as
 # soon as the keys are sliced, XLA converts them from fp8 in a kernel of its own, not inside the
-# product. In prefill, with its many rows, so large that launching kernels does not take longer than running them.
+# product. In prefill, with its many rows, so large that launching kernels does not take longer than
+# running them.
 DECODE_BLOCK_BYTES = 32 * 2**20
 PREFILL_BLOCK_BYTES = 512 * 2**20
 FREE = "free"
