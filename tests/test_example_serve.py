@@ -26,11 +26,12 @@ def test_serves_and_writes_results(implementation, tmp_path, capsys):
     assert picture.read_bytes().startswith(b"\x89PNG")
     written = json.loads(result.read_text())
     assert written["header"]["config"] == "tiny"
-    ours, xla = written["records"]
-    assert (ours["implementation"], xla["implementation"]) == (implementation, "xla")
-    for record in (ours, xla):
+    assert written["header"]["weights"] == "float32"
+    names = [record["implementation"] for record in written["records"]]
+    assert names == [implementation, "lax", "xla"]
+    for record in written["records"]:
         assert record["same_sets"]
-        assert record["same_tokens"]
+        assert record["same_tokens"] is (None if record["implementation"] == "lax" else True)
         assert 0 <= record["top_k_share"] < 1
         assert record["bound"] == pytest.approx(1 / (1 - record["top_k_share"]))
         assert record["itl_ms"]["median"] <= record["itl_ms"]["p99"]
@@ -61,7 +62,9 @@ def test_waves_of_compressed_caches_start_alike(monkeypatch, capsys):
 
 def test_xla_alone(capsys):
     assert serve.main(["--top-k-implementation", "xla", *SMALL]) == 0
-    assert " -> " not in capsys.readouterr().out  # nothing to compare with
+    output = capsys.readouterr().out
+    assert "median TPOT lax" in output
+    assert output.splitlines()[-1].startswith("OK: in every cell measured, xla selected the same")
 
 
 def test_other_tokens_fail_the_command(monkeypatch, capsys):
@@ -109,11 +112,24 @@ def test_products_per_head_stay_in_cache(batch):
     setting = serve_programs.new_setting("v32", 2, 64, batch, 131072, 0, 256)
     config = setting.config
     products = 4 * batch * config.index_heads * config.index_block
-    assert products <= serve_programs.DECODE_BLOCK_BYTES
-    assert config.index_block <= 131072 // 4
+    assert products == serve_programs.DECODE_BLOCK_BYTES
+    assert config.index_block == 131072 // batch
     assert 131072 % config.index_block == 0
     assert (config.num_layers, config.vocab_size) == (2, 64)
     assert config.dim == CONFIGS["v32"].dim
+
+
+@pytest.mark.parametrize("starts", [None, jnp.array([0, 3, 7, 50])], ids=["rows", "windows"])
+def test_the_baseline_selects_the_same_sets_best_first(starts):
+    """Of whole and short windows, with ties."""
+    rng = np.random.default_rng(0)
+    scores = jnp.asarray(rng.integers(-3, 3, (4, 60)), jnp.float32)
+    lengths = jnp.array([0, 5, 53, 9])
+    actual = serve_programs.selector("lax")(scores, starts, lengths, 12)
+    expected = selection.select_top_k("xla")(scores, starts, lengths, 12)
+    np.testing.assert_array_equal(np.sort(actual), np.sort(expected))
+    row = np.asarray(scores[2])[np.asarray(actual[2]) + (0 if starts is None else 7)]
+    assert (np.diff(row) <= 0).all()
 
 
 def test_an_exhausted_budget_leaves_cells_out(tmp_path, capsys):
@@ -141,8 +157,8 @@ def test_what_cannot_be_measured_is_explained(arguments, message, capsys):
     assert message in capsys.readouterr().err
 
 
-def result_of(tpots, left_out=()):
-    """A result as `serve --json` writes it, with the given median TPOT of cuda and xla per cell."""
+def result_of(tpots, left_out=(), names=("cuda", "lax", "xla")):
+    """A result as `serve --json` writes it, with median TPOT of each implementation by batch."""
     header = {
         "layers": 1,
         "config": "v32",
@@ -164,20 +180,54 @@ def result_of(tpots, left_out=()):
             "top_k_share": 0.25,
             "bound": 4 / 3,
             "same_sets": True,
-            "same_tokens": name == "cuda",
+            "same_tokens": None if name == "lax" else batch == 1,
         }
         for batch, cell in tpots.items()
-        for name, tpot in zip(("cuda", "xla"), cell, strict=True)
+        for name, tpot in zip(names, cell, strict=True)
     ]
     return {"header": header, "records": records}
 
 
+def rows_of(text):
+    """Cells of the rows of a table in markdown, without its header."""
+    rows = [row for row in text.splitlines() if row.startswith("| ")][1:]
+    return [[cell.strip() for cell in row.strip("|").split("|")] for row in rows]
+
+
 def test_figures_in_markdown():
-    text = serve_report.markdown(result_of({1: (0.5, 0.6), 8: (2.0, 1.0)}, ["batch 32, input 5"]))
-    rows = [[cell.strip() for cell in row.split("|")] for row in text.splitlines() if "| 1 " in row]
-    assert rows[0][1:7] == ["1", "mixed", "0.500", "0.600", "1.20", "2,000"]
+    cells = {1: (0.5, 0.6, 0.7), 8: (2.0, 1.0, 3.0)}
+    text = serve_report.markdown(result_of(cells, ["batch 32, input 5"]))
+    first, second = rows_of(text)
+    assert first == (
+        ["1", "mixed", "0.500", "0.600", "1.20", "0.700", "2,000", "1,667"]
+        + ["25.0%", "25.0%", "1.33", "yes", "yes"]
+    )
+    assert second[:6] == ["8", "mixed", "2.000", "1.000", "0.50", "3.000"]
+    assert second[-2:] == ["yes", "NO"]
+    assert "TPOT ms, cuda | TPOT ms, `lax.top_k` | ratio | TPOT ms, xla |" in text
     assert "shorter in 1 of 2 cells; the ratio to `lax.top_k` is 0.50 to 1.20" in text
     assert "Not measured within the time budget: batch 32, input 5." in text
+
+
+def test_a_wrong_set_of_any_implementation_shows():
+    result = result_of({1: (0.5, 0.6, 0.7)})
+    result["records"][1]["same_sets"] = False
+    ((*_, sets, _),) = rows_of(serve_report.markdown(result))
+    assert sets == "NO"
+
+
+def test_figures_without_lax_are_compared_with_xla():
+    """A result whose baseline is xla says so."""
+    text = serve_report.markdown(result_of({1: (0.5, 0.6)}, names=("cuda", "xla")))
+    ((*first, _, _),) = rows_of(text)
+    assert first[2:6] == ["0.500", "0.600", "1.20", "2,000"]
+    assert "the ratio to xla is 1.20 to 1.20" in text
+    assert "lax.top_k" not in text
+
+
+def test_nothing_to_compare_is_an_error():
+    with pytest.raises(ValueError, match="two implementations"):
+        serve_report.markdown(result_of({1: (0.5,)}, names=("cuda",)))
 
 
 def test_a_section_of_the_document_is_replaced():

@@ -112,6 +112,13 @@ class TestBlock:
         assert actual == pytest.approx(expected, rel=1e-5)
 
 
+def decode(params, episodes, select):
+    """`recall.evaluate`, its program compiled before."""
+    return recall.evaluate(
+        recall.decode.lower(params, episodes, select).compile(), params, episodes
+    )
+
+
 class TestRecall:
     def test_packed_episodes(self):
         positions = jnp.arange(24) % 8
@@ -155,8 +162,8 @@ class TestRecall:
         with jax.default_device(device_of(implementation)):
             params = random_weights(lambda key, _: recall.init_params(key), None)
             episodes = recall.evaluation_episodes(streams=2, steps=96, seed=0)
-            outcome = recall.evaluate(params, episodes, selection.select_top_k(implementation))
-            expected = recall.evaluate(params, episodes, xla)
+            outcome = decode(params, episodes, selection.select_top_k(implementation))
+            expected = decode(params, episodes, xla)
         np.testing.assert_array_equal(outcome.indices, expected.indices)
         np.testing.assert_array_equal(outcome.answers, expected.answers)
         hits = (outcome.indices == np.asarray(episodes.needles)[..., None]).any(axis=-1)
@@ -165,7 +172,7 @@ class TestRecall:
     def test_a_recent_window_hits_what_is_recent(self):
         params = random_weights(lambda key, _: recall.init_params(key), None)
         episodes = recall.evaluation_episodes(streams=2, steps=96, seed=0)
-        outcome = recall.evaluate(params, episodes, selection.select_recent)
+        outcome = decode(params, episodes, selection.select_recent)
         age = np.arange(96) - np.asarray(episodes.needles)
         np.testing.assert_array_equal(outcome.is_hit, age < recall.CONFIG.top_k)
 
@@ -200,12 +207,34 @@ class TestText:
         ways = text.reading_ways("xla", seed=0)
         assert ways.keys() == {"dense", "DSA", "recency", "random", "oracle"}
         for name in ("DSA", "oracle"):
-            losses, _ = losses_of(params, config, tokens, ways[name])
+            losses, _ = losses_of(params, config, tokens, ways[name](jnp.int32(40)))
             np.testing.assert_allclose(losses, dense, rtol=1e-4, err_msg=name)
         prefill = jax.jit(model.prefill, static_argnames=("config", "select"))
         logits, _, _ = prefill(params, config, tokens[:-1], jnp.arange(40), None)
         expected = optax.softmax_cross_entropy_with_integer_labels(logits, tokens[1:])
         np.testing.assert_allclose(dense, expected, rtol=1e-3)
+
+    @pytest.mark.parametrize("budget", [0, 1, 3, 8])
+    def test_a_run_time_budget_reads_what_a_static_one_does(self, budget):
+        """Whatever is selected: the best of a ranking are the selection of that size."""
+        rng = np.random.default_rng(0)
+        # With ties, as the indexer's scores have them.
+        scores = jnp.asarray(rng.integers(0, 5, (12, 20)), jnp.float32)
+        weights = jnp.asarray(rng.integers(0, 5, (12, 20)), jnp.float32)
+        starts, lengths = jnp.arange(12) % 5, jnp.arange(12) + 1
+        key = jax.random.key(7)
+        static = {
+            "DSA": training.read_selected(xla),
+            "recency": training.read_selected(selection.select_recent),
+            "random": training.read_selected(selection.select_random(key)),
+            "oracle": training.read_oracle(xla),
+        }
+        ways = text.reading_ways("xla", seed=7)
+        for name, read in static.items():
+            expected = read(scores, weights, starts, lengths, budget)
+            actual = ways[name](jnp.int32(budget))(scores, weights, starts, lengths, 8)
+            np.testing.assert_array_equal(actual, expected, err_msg=name)
+            assert actual.sum() == sum(min(n, budget) for n in lengths.tolist())
 
     def test_conclusions_say_who_wins(self):
         table = {

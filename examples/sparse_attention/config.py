@@ -36,6 +36,9 @@ class Config:
         index_rope_interleaved: whether the indexer rotates neighbouring channels (GLM-5) or the
             first half against the second (DeepSeek). Attention always rotates neighbours.
         index_fp8: whether index queries and keys are rounded to float8_e4m3fn.
+        weight_fp8: whether matrices are stored as float8_e4m3fn with scales (see
+            `model.quantize_weights`), half the bytes of bfloat16. Norms, biases, embeddings, the
+            indexer's head weights and the compressor's gates are not.
         compression: neighbouring positions pooled into one candidate; 1 for none.
         window: last positions that are attended to besides the selection; with compression at
             least `compression - 1`, since an incomplete group is no candidate yet.
@@ -43,7 +46,8 @@ class Config:
         max_tokens_per_step: most rows one decode step may append (matters with compression, where
             the last `window + max_tokens_per_step` positions are kept in a ring).
         norm_eps: epsilon of the RMS norms.
-        dtype: of weights, activations and the cache. Scores and softmax are float32.
+        dtype: of weights (but see `weight_fp8`), activations and the cache. Scores and softmax are
+            float32.
     """
 
     dim: int
@@ -65,6 +69,7 @@ class Config:
     yarn_context: int = 4096
     index_rope_interleaved: bool = False
     index_fp8: bool = False
+    weight_fp8: bool = False
     compression: int = 1
     window: int = 0
     index_block: int = 2048
@@ -125,7 +130,8 @@ TINY = Config(
     context=4096,
 )
 
-# DeepSeek-V3.2, one of its first three layers (those with a dense feed-forward block).
+# DeepSeek-V3.2, one of its first three layers (those with a dense feed-forward block). The
+# checkpoint is published in fp8.
 V32 = Config(
     dim=7168,
     ffn_dim=18432,
@@ -143,10 +149,11 @@ V32 = Config(
     context=163840,
     yarn_factor=40.0,
     index_fp8=True,
+    weight_fp8=True,
     dtype=jnp.bfloat16,
 )
 
-# GLM-5, a layer with a dense feed-forward block.
+# GLM-5, a layer with a dense feed-forward block, in bfloat16.
 GLM5 = Config(
     dim=6144,
     ffn_dim=12288,

@@ -168,8 +168,7 @@ def attend_in_parts(
     parts = lax.psum(jnp.concatenate([mixed, total], axis=-1), AXIS)  # one reduction for both
     mixed, total = parts[..., :-1], parts[..., -1:]
     mixed = jnp.where(total > 0, mixed / total, 0).astype(latents.dtype)
-    heads = jnp.einsum("rhc,hcv->rhv", mixed, params["wvb"])
-    return heads.reshape(heads.shape[0], -1) @ params["wo"]
+    return model.attention_output(params, mixed)
 
 
 def sparse_attention(
@@ -194,7 +193,7 @@ def sparse_attention(
         Output `[R, dim]` and the selected positions `[R, k]`, both replicated.
     """
     block = cache.latents.shape[0]
-    qr = rms_norm(x @ params["wqa"], params["q_norm"], config.norm_eps)
+    qr = model.compressed_queries(params, config, x)
     queries = model.attention_queries(params, config, qr, positions)
     index_q, weights = model.index_queries(params, config, x, qr, positions)
     scores = model.index_scores(

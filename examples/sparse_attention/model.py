@@ -49,7 +49,9 @@ from examples.sparse_attention.pieces import (
     layer_norm,
     map_blocks,
     normal_arrays,
+    project,
     quantize_fp8,
+    quantize_weight,
     rms_norm,
     rope,
     rope_frequencies,
@@ -79,6 +81,22 @@ class Cache(NamedTuple):
 # ------------------------------------------------------------------------------------ parameters
 
 
+# The axis that a matrix's product sums over; the others contract axis 0.
+CONTRACTED = {"wkb": 1, "wvb": 1}
+FP8_MATRICES = (
+    *("wqa", "wqb", "wkva", "wkb", "wvb", "wo", "index_wq", "index_wk"),
+    *("ffn_gate", "ffn_up", "ffn_down"),
+)
+
+
+def quantize_weights(params: Params) -> Params:
+    """A layer's weights with its matrices in fp8; those that DeepSeek-V3.2's checkpoint has so."""
+    matrices = {
+        name: quantize_weight(params[name], CONTRACTED.get(name, 0)) for name in FP8_MATRICES
+    }
+    return params | matrices
+
+
 def init_layer(key: Array, config: Config) -> Params:
     """Random weights of one layer, scaled so that activations keep unit size."""
     c = config
@@ -98,10 +116,9 @@ def init_layer(key: Array, config: Config) -> Params:
     }
     if c.compression > 1:
         shapes["gates"] = (c.dim, c.latent_dim + c.index_dim)
-    contracted = {"wkb": 1, "wvb": 1}  # the axis that is summed over; the others contract axis 0
     params = {}
     for name, numbers in normal_arrays(key, shapes).items():
-        scale = numbers.shape[contracted.get(name, 0)] ** -0.5
+        scale = numbers.shape[CONTRACTED.get(name, 0)] ** -0.5
         # The indexer's head weights stay float32: DeepSeek computes them in full precision.
         params[name] = (scale * numbers).astype(jnp.float32 if name == "index_ww" else c.dtype)
     for name, width in {
@@ -115,7 +132,7 @@ def init_layer(key: Array, config: Config) -> Params:
     params["index_k_bias"] = jnp.zeros(c.index_dim, c.dtype)
     if c.compression > 1:
         params["gate_bias"] = jnp.zeros((c.compression, c.latent_dim + c.index_dim), c.dtype)
-    return params
+    return quantize_weights(params) if c.weight_fp8 else params
 
 
 def init_model(key: Array, config: Config) -> Params:
@@ -188,7 +205,7 @@ def index_queries(
     params: Params, config: Config, x: Array, qr: Array, positions: Array
 ) -> tuple[Array, Array]:
     """Index queries `[R, heads, index_dim]` and signed head weights `[R, heads]` (float32)."""
-    queries = jnp.einsum("rq,qhd->rhd", qr, params["index_wq"])
+    queries = project("rq,qhd->rhd", qr, params["index_wq"])
     queries, scales = index_projection(config, queries, positions)
     weights = x.astype(jnp.float32) @ params["index_ww"]
     return queries, weights * scales * (config.index_heads * config.index_dim) ** -0.5
@@ -196,7 +213,7 @@ def index_queries(
 
 def compressed_queries(params: Params, config: Config, x: Array) -> Array:
     """`qr` `[R, q_lora_rank]` of rows `x` `[R, dim]`, from which all queries are projected."""
-    return rms_norm(x @ params["wqa"], params["q_norm"], config.norm_eps)
+    return rms_norm(project("rd,dq->rq", x, params["wqa"]), params["q_norm"], config.norm_eps)
 
 
 def candidate_scores(
@@ -273,10 +290,11 @@ def weighted_sum_over_heads(products: Array, weights: Array) -> Array:
 
 def attention_queries(params: Params, config: Config, qr: Array, positions: Array) -> Array:
     """Absorbed queries `[R, heads, kv_lora_rank + rope_dim]`, to be multiplied with latents."""
-    q = jnp.einsum("rq,qhd->rhd", qr, params["wqb"])
+    q = project("rq,qhd->rhd", qr, params["wqb"])
     q_nope, q_rope = q[..., : config.nope_dim], q[..., config.nope_dim :]
     q_rope = rope(q_rope, positions, rope_frequencies(config), interleaved=True)
-    return jnp.concatenate([jnp.einsum("rhd,hdc->rhc", q_nope, params["wkb"]), q_rope], axis=-1)
+    q_content = project("rhd,hdc->rhc", q_nope, params["wkb"])
+    return jnp.concatenate([q_content, q_rope], axis=-1)
 
 
 def attend(
@@ -301,8 +319,13 @@ def attend(
     # Rotated keys are no content; leaving them out here would copy all other channels.
     mixed = jnp.einsum("rhk,rkc->rhc", weights.astype(latents.dtype), latents)
     mixed = mixed[..., : config.kv_lora_rank]
-    heads = jnp.einsum("rhc,hcv->rhv", mixed, params["wvb"])
-    return heads.reshape(heads.shape[0], -1) @ params["wo"]
+    return attention_output(params, mixed)
+
+
+def attention_output(params: Params, mixed: Array) -> Array:
+    """Output `[R, dim]` of attention from every head's mixture of latents `[R, heads, rank]`."""
+    heads = project("rhc,hcv->rhv", mixed, params["wvb"])
+    return project("rv,vd->rd", heads.reshape(heads.shape[0], -1), params["wo"])
 
 
 def finish_latent(params: Params, config: Config, latent: Array, positions: Array) -> Array:
@@ -360,7 +383,8 @@ def write_cache(
             None if the buffer holds one sequence, so that slots are positions.
     """
     slots = positions if slots is None else slots
-    projection = jnp.concatenate([x @ params["wkva"], x @ params["index_wk"]], axis=-1)
+    both = [project("rd,dc->rc", x, params[name]) for name in ("wkva", "index_wk")]
+    projection = jnp.concatenate(both, axis=-1)
     recent = cache.recent
     if config.compression > 1:
         c, ring = config.compression, recent.shape[0]
@@ -466,7 +490,9 @@ def sparse_attention(
 
 def swiglu(params: Params, x: Array) -> Array:
     """The feed-forward block, `[R, dim]` to `[R, dim]`."""
-    return (jax.nn.silu(x @ params["ffn_gate"]) * (x @ params["ffn_up"])) @ params["ffn_down"]
+    gate = project("rd,df->rf", x, params["ffn_gate"])
+    up = project("rd,df->rf", x, params["ffn_up"])
+    return project("rf,fd->rd", jax.nn.silu(gate) * up, params["ffn_down"])
 
 
 def finish_rows(

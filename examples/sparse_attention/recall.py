@@ -28,6 +28,7 @@ import itertools
 import pathlib
 import sys
 import time
+from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 import jax
@@ -39,6 +40,7 @@ from tqdm import tqdm
 
 import jax_topk
 from examples.sparse_attention import command, model, selection, training
+from examples.sparse_attention.compiling import compile_all, options_without_autotuning
 from examples.sparse_attention.config import Config
 from examples.sparse_attention.pieces import normal_arrays, rms_norm
 from examples.sparse_attention.selection import Selector
@@ -200,6 +202,7 @@ class Phase(NamedTuple):
 DENSE = Phase("dense", ("task",), False, False, 5e-3)
 WARM_UP = Phase("indexer warm-up", ("divergence",), True, False, 1e-2)
 SPARSE = Phase("sparse", ("task", "divergence"), False, True, 3e-3)
+CHUNK = 10  # steps per call
 SCHEDULE = (
     (DENSE, 8, 100),
     (DENSE, 32, 100),
@@ -255,21 +258,31 @@ def train_steps(
     return join_params(trained, frozen), state, jax.tree.map(jnp.mean, means)
 
 
-def train(seed: int, schedule: tuple[tuple[Phase, int, int], ...] = SCHEDULE) -> model.Params:
-    """Trains a layer from scratch, with a progress bar per phase."""
-    chunk = 10  # steps per call: compiled once, and the bar moves
+@functools.partial(jax.jit, static_argnames="phase")
+def initial_state(params: model.Params, phase: Phase) -> optax.OptState:
+    """The optimiser's state at the beginning of a phase."""
+    return optax.adam(phase.learning_rate).init(split_params(params, phase)[0])
+
+
+def train(programs: dict[str, jax.stages.Compiled], seed: int) -> model.Params:
+    """Trains a layer from scratch, with a progress bar per phase.
+
+    Args:
+        programs: see `programs_to_compile`.
+        seed: of weights and episodes.
+    """
     key, init_key = jax.random.split(jax.random.key(seed))
-    params = jax.jit(init_params)(init_key)
-    for phase, pairs, steps in schedule:
-        positions = jnp.arange(ROWS) % pairs
-        state = optax.adam(phase.learning_rate).init(split_params(params, phase)[0])
+    params = programs["weights"](init_key)
+    for phase, pairs, steps in SCHEDULE:
+        positions = jnp.arange(ROWS, dtype=jnp.int32) % pairs
+        state = programs[f"{phase.name}, state"](params)
         with tqdm(total=steps, desc=f"{phase.name}, {pairs} pairs", file=sys.stdout) as bar:
-            for _ in range(0, steps, chunk):
+            for _ in range(0, steps, CHUNK):
                 key, chunk_key = jax.random.split(key)
-                keys = jax.random.split(chunk_key, chunk)
-                params, state, means = train_steps(params, state, keys, positions, phase)
+                keys = jax.random.split(chunk_key, CHUNK)
+                params, state, means = programs[phase.name](params, state, keys, positions)
                 bar.set_postfix({name: f"{float(mean):.3f}" for name, mean in means.items()})
-                bar.update(chunk)
+                bar.update(CHUNK)
     return params
 
 
@@ -337,15 +350,45 @@ class Outcome(NamedTuple):
     seconds: float
 
 
-def evaluate(params: model.Params, episodes: Episode, select: Selector | None) -> Outcome:
-    """Decodes the episodes and scores the answers."""
-    compiled = decode.lower(params, episodes, select).compile()
+def evaluate(compiled: jax.stages.Compiled, params: model.Params, episodes: Episode) -> Outcome:
+    """Decodes the episodes by `decode`, compiled for them, and scores the answers."""
     start = time.perf_counter()
     results = jax.block_until_ready(compiled(params, episodes))
     seconds = time.perf_counter() - start
     answers, is_hit, indices = map(np.asarray, results)
     targets = np.take_along_axis(np.asarray(episodes.values), np.asarray(episodes.needles), axis=1)
     return Outcome(answers == targets, is_hit, indices, answers, seconds)
+
+
+def programs_to_compile(
+    ways: dict[str, Selector | None], episodes: Episode
+) -> Mapping[str, Callable[[], jax.stages.Lowered]]:
+    """Everything that the command runs, lowered for its shapes on demand, by name.
+
+    These are `weights`; of every phase of training, its steps by its name, and its `, state`; and
+    the decodes of the episodes by the names of the ways to select.
+    """
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    keys = jax.eval_shape(lambda key: jax.random.split(key, CHUNK), key)
+    params = jax.eval_shape(init_params, key)
+    positions = jax.ShapeDtypeStruct((ROWS,), jnp.int32)
+
+    def lower_steps(phase: Phase) -> jax.stages.Lowered:
+        state = jax.eval_shape(functools.partial(initial_state, phase=phase), params)
+        return train_steps.lower(params, state, keys, positions, phase=phase)
+
+    phases = dict.fromkeys(phase for phase, _, _ in SCHEDULE)
+    steps = {phase.name: functools.partial(lower_steps, phase) for phase in phases}
+    states = {
+        f"{phase.name}, state": functools.partial(initial_state.lower, params, phase=phase)
+        for phase in phases
+    }
+    decodes = {
+        name: functools.partial(decode.lower, params, episodes, select)
+        for name, select in ways.items()
+    }
+    weights = {"weights": functools.partial(jax.jit(init_params).lower, key)}
+    return steps | decodes | weights | states
 
 
 def length_groups(steps: int) -> list[tuple[int, int]]:
@@ -416,9 +459,6 @@ def main(arguments: list[str] | None = None) -> int:
 def demonstrate(args: argparse.Namespace) -> int:
     """`main` on the device that the arguments chose."""
     start = time.perf_counter()
-    params = train(args.seed)
-    trained = time.perf_counter()
-
     implementation = command.implementation_of(args.implementation)
     ways: dict[str, Selector | None] = {
         f"DSA, k = {CONFIG.top_k}": selection.select_top_k(implementation),
@@ -429,20 +469,25 @@ def demonstrate(args: argparse.Namespace) -> int:
     }
     reported = [name for name in ways if name != "the same with xla"]
     episodes = evaluation_episodes(args.streams, args.steps, args.seed)
+    device = next(iter(episodes.keys.devices()))
+    programs = compile_all(programs_to_compile(ways, episodes), options_without_autotuning(device))
+    compiled = time.perf_counter()
+    params = train(programs, args.seed)
+    trained = time.perf_counter()
     outcomes = {}
-    with tqdm(ways.items(), desc=f"decoding {args.steps} steps", file=sys.stdout) as bar:
-        for name, select in bar:
-            outcomes[name] = evaluate(params, episodes, select)
+    with tqdm(ways, file=sys.stdout) as bar:
+        for name in bar:
+            bar.set_description(f"decoding {args.steps} steps, {name}")
+            outcomes[name] = evaluate(programs[name], params, episodes)
     dsa, xla = outcomes[f"DSA, k = {CONFIG.top_k}"], outcomes["the same with xla"]
 
     print("\nshare of right answers (share of steps that read the needle)")
     print(accuracy_table({name: outcomes[name] for name in reported}, args.steps))
     seconds = [f"{name}: {outcome.seconds:.1f} s" for name, outcome in outcomes.items()]
     print(f"\ndecode of {args.streams} x {args.steps} steps:\n    " + "\n    ".join(seconds))
-    device = next(iter(params["norm"].devices()))
     print(
-        f"training {trained - start:.0f} s, in all {time.perf_counter() - start:.0f} s, with jax "
-        f"{jax.__version__} on {device.device_kind}"
+        f"compiling {compiled - start:.0f} s, training {trained - compiled:.0f} s, in all "
+        f"{time.perf_counter() - start:.0f} s, with jax {jax.__version__} on {device.device_kind}"
     )
     if args.plot:
         plot({name: outcomes[name] for name in reported}, args.steps, args.plot)

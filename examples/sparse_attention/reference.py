@@ -17,13 +17,19 @@ import numpy as np
 from numpy.typing import NDArray
 
 from examples.sparse_attention.config import Config
+from examples.sparse_attention.pieces import QuantizedWeight
 
 Array64 = NDArray[np.float64]
 Weights = dict[str, Any]  # of one layer, float64
 
 
 def to_float64(params: Any) -> Any:
-    """Parameters of model.py, as float64 NumPy arrays in the same lists and dictionaries."""
+    """Parameters of model.py, as float64 NumPy arrays in the same lists and dictionaries.
+
+    A quantised weight is the number that it stands for, value times scale.
+    """
+    if isinstance(params, QuantizedWeight):
+        return to_float64(params.values) * to_float64(params.scales)
     if isinstance(params, dict):
         return {name: to_float64(value) for name, value in params.items()}
     if isinstance(params, list):

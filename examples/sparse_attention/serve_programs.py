@@ -17,27 +17,28 @@ from __future__ import annotations
 import concurrent.futures
 import dataclasses
 import functools
-import os
-import threading
-import time
 from collections.abc import Callable, Iterable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax import Array
+from jax import Array, lax
 
 from examples.sparse_attention import command, model, selection
+from examples.sparse_attention.compiling import Compiler, Future
 from examples.sparse_attention.config import CONFIGS, Config
 from examples.sparse_attention.pieces import rms_norm
 from examples.sparse_attention.selection import Selector
 
 # Products per index head of one block of candidates. While decoding, small enough for the L2 cache
-# of an H100 (50 MB), so that reducing them over heads does not go through memory. In prefill, with
-# its many rows, so large that launching kernels does not take longer than running them.
+# of an H100 (50 MB), so that reducing them over heads does not go through memory. No smaller: as
+# soon as the keys are sliced, XLA converts them from fp8 in a kernel of its own, not inside the
+# product. In prefill, with its many rows, so large that launching kernels does not take longer than
+# running them.
 DECODE_BLOCK_BYTES = 32 * 2**20
 PREFILL_BLOCK_BYTES = 512 * 2**20
 FREE = "free"
+LAX = "lax"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,9 +72,9 @@ class Setting:
 
 
 def block_of(config: Config, rows: int, candidates: int, num_bytes: int) -> int:
-    """Candidates scored at a time: a power of two, and a quarter of the row at most."""
+    """Candidates scored at a time: a power of two, or the whole row."""
     block = num_bytes // (4 * rows * config.index_heads)
-    return min(1 << max(block, 128).bit_length() - 1, max(candidates // 4, 1))
+    return min(1 << max(block, 128).bit_length() - 1, candidates)
 
 
 def new_setting(
@@ -114,10 +115,22 @@ def select_evenly(scores: Array, starts: Array | None, lengths: Array, k: int) -
     return jnp.where((i < lengths[:, None]) & ~never, indices, -1)
 
 
+def select_by_lax(scores: Array, starts: Array | None, lengths: Array, k: int) -> Array:
+    """`lax.top_k` of masked scores, as one writes it without this package: the best first."""
+    column = jnp.arange(scores.shape[1], dtype=jnp.int32)
+    first = 0 if starts is None else starts[:, None]
+    is_inside = (column >= first) & (column < first + lengths[:, None])
+    indices = lax.top_k(jnp.where(is_inside, scores, -jnp.inf), k)[1] - first
+    # Fewer than k in the window: the rest are masked columns, and come last.
+    return jnp.where((indices >= 0) & (indices < lengths[:, None]), indices, -1)
+
+
 def selector(name: str) -> Selector:
     """The selector of an implementation, by the name it has in the tables."""
     if name == FREE:
         return select_evenly
+    if name == LAX:
+        return select_by_lax
     return selection.select_top_k(command.implementation_of(name))
 
 
@@ -251,9 +264,9 @@ class Programs:
         setting: sizes.
         fill: key -> caches (see `synthetic_caches`).
         scores: see `first_scores`.
-        selections: see `select_first`; the chosen implementation and xla.
-        steps: see `decode_step`, caches donated; these two, and the free selection.
-        prefills: see `prefill`, caches donated; these two, or none.
+        selections: see `select_first`; the chosen implementation, xla and lax.
+        steps: see `decode_step`, caches donated; these three, and the free selection.
+        prefills: see `prefill`, caches donated; these three, or none.
     """
 
     setting: Setting
@@ -262,69 +275,6 @@ class Programs:
     selections: dict[str, Callable[..., Any]]
     steps: dict[str, Callable[..., Any]]
     prefills: dict[str, Callable[..., Any]]
-
-
-Future = concurrent.futures.Future[Any]
-
-
-class Compiler:
-    """Compiles programs in threads. Lowering, which Python limits to one thread, is done at once.
-
-    Args:
-        log: called with one sentence per program.
-    """
-
-    def __init__(self, log: Callable[[str], None]) -> None:
-        # At least two, as one may wait for another (see `submit`).
-        self._pool = concurrent.futures.ThreadPoolExecutor(max(2, os.cpu_count() or 2))
-        self._is_stopped = threading.Event()
-        self._log = log
-
-    def submit(
-        self,
-        label: str,
-        function: Callable[..., Any],
-        arguments: Iterable[Any],
-        donate: int | None = None,
-        after: Future | None = None,
-    ) -> Future:
-        """Lowers a function for arguments of given shapes, and starts to compile it.
-
-        Args:
-            label: for the log.
-            function: to be jitted.
-            arguments: `jax.ShapeDtypeStruct`, or pytrees of them.
-            donate: argument whose memory the result takes over.
-            after: an earlier submission to wait for.
-        """
-        donated = () if donate is None else (donate,)
-        lowered = jax.jit(function, donate_argnums=donated).lower(*arguments)
-
-        def compile_lowered() -> Callable[..., Any]:
-            if after is not None:
-                after.result()
-            if self._is_stopped.is_set():
-                raise concurrent.futures.CancelledError
-            start = time.perf_counter()
-            compiled = lowered.compile()
-            seconds = time.perf_counter() - start
-            self._log(f"compiled {label} in {seconds:.1f} s{temporary_memory(compiled)}")
-            return compiled
-
-        return self._pool.submit(compile_lowered)
-
-    def stop(self) -> None:
-        """Awaits what is being compiled; what is not yet, will not be."""
-        self._is_stopped.set()
-        self._pool.shutdown(wait=True, cancel_futures=True)
-
-
-def temporary_memory(compiled: Any) -> str:
-    """What a program allocates besides arguments and results, for the log."""
-    analysis = compiled.memory_analysis()
-    if analysis is None:
-        return ""
-    return f" (temporary memory {analysis.temp_size_in_bytes / 1e9:.2f} GB)"
 
 
 KEY = jax.eval_shape(lambda: jax.random.key(0))
@@ -361,9 +311,29 @@ class PendingPrograms:
         self._state = (weight_shapes(setting.config), cache_shapes(setting), row, row)
         self._submit_step(FREE, after=None)
 
-    def _submit(self, kind: str, name: str, *arguments: Any, **options: Any) -> None:
+    def _submit(
+        self,
+        kind: str,
+        name: str,
+        function: Callable[..., Any],
+        arguments: Iterable[Any],
+        donate: int | None = None,
+        after: Future | None = None,
+    ) -> None:
+        """Lowers a function for arguments of given shapes, and starts to compile it.
+
+        Args:
+            kind: of program.
+            name: of the implementation of top-k, if there is one program for each.
+            function: to be jitted.
+            arguments: `jax.ShapeDtypeStruct`, or pytrees of them.
+            donate: argument whose memory the result takes over.
+            after: see `Compiler.submit`.
+        """
         label = f"{kind} {name}".strip() + f", batch {self.setting.batch}"
-        self._futures[kind, name] = self._compiler.submit(label, *arguments, **options)
+        donated = () if donate is None else (donate,)
+        lowered = jax.jit(function, donate_argnums=donated).lower(*arguments)
+        self._futures[kind, name] = self._compiler.submit(label, lowered, after)
 
     def _submit_step(self, name: str, after: Future | None) -> None:
         step = functools.partial(decode_step, config=self.setting.config, select=selector(name))
@@ -386,12 +356,12 @@ class PendingPrograms:
             return
         prompt = jax.ShapeDtypeStruct((setting.prefill_buffer,), jnp.int32)
         number = jax.ShapeDtypeStruct((), jnp.int32)
-        first = None  # here, too, the second finds the choices of the first
+        first = None  # here, too, the others find the choices of the first
         for name in self._names:
             run = functools.partial(prefill, setting=setting, select=selector(name))
             arguments = (params, caches, prompt, number, number)
             self._submit("prefill", name, run, arguments, donate=1, after=first)
-            first = self._futures["prefill", name]
+            first = first or self._futures["prefill", name]
 
     def wait(self, seconds: float | None) -> Programs | None:
         """The programs, or None if they are not all compiled within that time."""

@@ -39,17 +39,37 @@ def write_result(result: Result, path: str) -> None:
     os.replace(unfinished, target)
 
 
-def pairs(records: list[Record]) -> list[tuple[Record, Record]]:
-    """Per cell, the chosen implementation's record and XLA's; none if XLA alone was measured."""
-    cells: dict[tuple[int, str], list[Record]] = {}
+BASELINES = ("lax", "xla")  # what the chosen implementation is compared with, the first measured
+LABELS = {"lax": "`lax.top_k`", "xla": "xla"}
+
+
+def cells_of(records: list[Record]) -> list[dict[str, Record]]:
+    """Per cell, its records by implementation, the chosen one first."""
+    cells: dict[tuple[int, str], dict[str, Record]] = {}
     for record in records:
-        cells.setdefault((record["batch"], str(record["input_len"])), []).append(record)
-    return [(cell[0], cell[1]) for cell in cells.values() if len(cell) == 2]
+        cell = cells.setdefault((record["batch"], str(record["input_len"])), {})
+        cell[record["implementation"]] = record
+    return list(cells.values())
 
 
-def tpot_ratio(ours: Record, xla: Record) -> float:
+def pairs(records: list[Record]) -> list[tuple[Record, Record]]:
+    """Per cell, the chosen implementation's record and the baseline's, if both were measured."""
+    found = []
+    for cell in cells_of(records):
+        chosen = next(iter(cell.values()))
+        others = [cell[name] for name in BASELINES if name in cell and cell[name] is not chosen]
+        found += [(chosen, other) for other in others[:1]]
+    return found
+
+
+def tpot_ratio(ours: Record, baseline: Record) -> float:
     """How many times shorter the chosen implementation's median TPOT is."""
-    return float(xla["tpot_ms"]["median"] / ours["tpot_ms"]["median"])
+    return float(baseline["tpot_ms"]["median"] / ours["tpot_ms"]["median"])
+
+
+def agreement(is_same: bool | None) -> str:
+    """For the tables; None where nothing was to agree."""
+    return {True: "yes", False: "NO", None: "-"}[is_same]
 
 
 def format_table(records: list[Record]) -> str:
@@ -69,25 +89,28 @@ def format_table(records: list[Record]) -> str:
             f"{r['batch']:>5} {r['input_len']:>7} {r['implementation']:<5} {times} "
             f"{r['output_tokens_per_s']:>9,.0f} {r['requests_per_s']:>7.1f} "
             f"{r['top_k_share']:>6.1%} {r['bound']:>5.2f}x  "
-            f"{'yes' if r['same_sets'] else 'NO'}, {'yes' if r['same_tokens'] else 'NO'}"
+            f"{agreement(r['same_sets'])}, {agreement(r['same_tokens'])}"
         )
     return "\n".join(rows)
 
 
 def gains(records: list[Record]) -> list[str]:
-    """One sentence per cell: TPOT of the chosen implementation against xla."""
+    """One sentence per cell: TPOT of the chosen implementation against the baseline."""
     return [
         f"batch {ours['batch']}, input {ours['input_len']}: median TPOT "
-        f"{xla['tpot_ms']['median']:.3f} -> {ours['tpot_ms']['median']:.3f} ms, "
-        f"{tpot_ratio(ours, xla):.2f}x"
-        for ours, xla in pairs(records)
+        f"{baseline['implementation']} {baseline['tpot_ms']['median']:.3f} -> "
+        f"{ours['implementation']} {ours['tpot_ms']['median']:.3f} ms, "
+        f"{tpot_ratio(ours, baseline):.2f}x"
+        for ours, baseline in pairs(records)
     ]
 
 
 def device_line(header: dict[str, Any]) -> str:
     """Where and when a result was measured, as the docs say it."""
+    weights = f", {header['weights']} weights" if "weights" in header else ""
     return (
-        f"{header['layers']} layer(s) of `{header['config']}`, cache width {header['width']:,}, "
+        f"{header['layers']} layer(s) of `{header['config']}`{weights}, "
+        f"cache width {header['width']:,}, "
         f"{header['output_len']} tokens per request, {header['waves']} batches per cell and "
         f"implementation; {header['device']}, jax {header['jax']}, {header['date'][:10]}"
     )
@@ -101,32 +124,38 @@ def markdown(result: Result) -> str:
     compared = pairs(result["records"])
     if not compared:
         raise ValueError(
-            "the result has no cell in which an implementation was compared with xla; measure "
-            "with --top-k-implementation cuda or cpu"
+            "the result has no cell in which two implementations were compared; measure with serve "
+            "--json"
         )
-    name = compared[0][0]["implementation"]
+    chosen, baseline = (LABELS.get(r["implementation"], r["implementation"]) for r in compared[0])
+    # xla too, unless it is one of the two.
+    has_xla = baseline != "xla" and chosen != "xla"
     rows = [
-        f"| batch | tokens in the cache | TPOT ms, {name} | TPOT ms, `lax.top_k` | ratio | "
-        f"output tokens/s, {name} | `lax.top_k` | share of top-k, {name} | `lax.top_k` | "
-        "bound for `lax.top_k` | same sets, tokens |",
-        "|" + "---|" * 11,
+        f"| batch | tokens in the cache | TPOT ms, {chosen} | TPOT ms, {baseline} | ratio | "
+        + ("TPOT ms, xla | " if has_xla else "")
+        + f"output tokens/s, {chosen} | {baseline} | share of top-k, {chosen} | {baseline} | "
+        f"bound for {baseline} | same sets | same tokens |",
+        "|" + "---|" * (12 + has_xla),
     ]
-    for ours, xla in compared:
-        length = ours["input_len"]
-        same = [("no", "yes")[ours[key]] for key in ("same_sets", "same_tokens")]
-        rows.append(
-            f"| {ours['batch']} | {length if isinstance(length, str) else f'{length:,}'} | "
-            f"{ours['tpot_ms']['median']:.3f} | {xla['tpot_ms']['median']:.3f} | "
-            f"{tpot_ratio(ours, xla):.2f} | "
-            f"{ours['output_tokens_per_s']:,.0f} | {xla['output_tokens_per_s']:,.0f} | "
-            f"{ours['top_k_share']:.1%} | {xla['top_k_share']:.1%} | {xla['bound']:.2f} | "
-            f"{', '.join(same)} |"
-        )
-    ratios = [tpot_ratio(ours, xla) for ours, xla in compared]
+    for cell in cells_of(result["records"]):
+        for ours, theirs in pairs(list(cell.values())):
+            length = ours["input_len"]
+            same_sets = all(record["same_sets"] for record in cell.values())
+            xla = f"{cell['xla']['tpot_ms']['median']:.3f} | " if has_xla else ""
+            rows.append(
+                f"| {ours['batch']} | {length if isinstance(length, str) else f'{length:,}'} | "
+                f"{ours['tpot_ms']['median']:.3f} | {theirs['tpot_ms']['median']:.3f} | "
+                f"{tpot_ratio(ours, theirs):.2f} | {xla}"
+                f"{ours['output_tokens_per_s']:,.0f} | {theirs['output_tokens_per_s']:,.0f} | "
+                f"{ours['top_k_share']:.1%} | {theirs['top_k_share']:.1%} | "
+                f"{theirs['bound']:.2f} | "
+                f"{agreement(same_sets)} | {agreement(ours['same_tokens'])} |"
+            )
+    ratios = [tpot_ratio(ours, theirs) for ours, theirs in compared]
     better = sum(ratio > 1 for ratio in ratios)
     summary = (
-        f"TPOT with {name} is shorter in {better} of {len(ratios)} cells; the ratio to `lax.top_k` "
-        f"is {min(ratios):.2f} to {max(ratios):.2f}."
+        f"TPOT with {chosen} is shorter in {better} of {len(ratios)} cells; the ratio to "
+        f"{baseline} is {min(ratios):.2f} to {max(ratios):.2f}."
     )
     left_out = result["header"]["left_out"]
     missing = [f"Not measured within the time budget: {'; '.join(left_out)}."] if left_out else []
@@ -163,11 +192,12 @@ def plot(result: Result, path: str) -> None:
     for panel, batch in zip(panels[0], batches, strict=True):
         of_batch = [r for r in records if r["batch"] == batch]
         labels = list(dict.fromkeys(str(r["input_len"]) for r in of_batch))
-        for name in dict.fromkeys(r["implementation"] for r in of_batch):
+        names = list(dict.fromkeys(r["implementation"] for r in of_batch))
+        for place, name in enumerate(names):
             bars = [r["tpot_ms"]["median"] for r in of_batch if r["implementation"] == name]
-            shift = -0.2 if name != "xla" else 0.2
-            label = "lax.top_k (xla)" if name == "xla" else f"jax_topk ({name})"
-            panel.bar(np.arange(len(bars)) + shift, bars, width=0.4, label=label)
+            positions = np.arange(len(bars)) + (place - (len(names) - 1) / 2) * 0.8 / len(names)
+            label = {"lax": "lax.top_k", "xla": "jax_topk (xla)"}.get(name, f"jax_topk ({name})")
+            panel.bar(positions, bars, width=0.8 / len(names), label=label)
         panel.set_xticks(range(len(labels)), labels, rotation=45)
         panel.set_title(f"batch {batch}")
         panel.set_xlabel("tokens in the cache")

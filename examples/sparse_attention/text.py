@@ -26,7 +26,7 @@ import dataclasses
 import functools
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 
 import jax
 import jax.numpy as jnp
@@ -36,14 +36,27 @@ from jax import Array, lax
 from tqdm import tqdm
 
 from examples.sparse_attention import command, corpus, model, selection, training
+from examples.sparse_attention.compiling import compile_all, options_without_autotuning
 from examples.sparse_attention.config import TINY, Config
 from examples.sparse_attention.pieces import rms_norm
 
 LENGTH = 512  # tokens per training and evaluation sequence
 BUDGETS = (8, 32, 128)
+# `top_k` is the largest budget; how many of these are read is a run-time value.
 CONFIG = dataclasses.replace(
-    TINY, dim=96, ffn_dim=256, num_layers=2, q_lora_rank=64, kv_lora_rank=48
+    TINY,
+    dim=96,
+    ffn_dim=256,
+    num_layers=2,
+    q_lora_rank=64,
+    kv_lora_rank=48,
+    top_k=max(BUDGETS),
 )
+
+Programs = dict[str, jax.stages.Compiled]  # see `programs_to_compile`
+
+# From a budget, a run-time scalar, to what each token may read.
+Way = Callable[[Array], training.Mask]
 
 
 def split_corpus() -> tuple[np.ndarray, np.ndarray]:
@@ -87,15 +100,15 @@ def sequence_losses(
 
 
 @functools.partial(
-    jax.jit, static_argnames=("config", "read", "optimizer"), donate_argnames=("params", "state")
+    jax.jit, static_argnames=("way", "optimizer"), donate_argnames=("params", "state")
 )
 def train_step(
     params: model.Params,
     state: optax.OptState,
     tokens: Array,
+    budget: Array,
     *,
-    config: Config,
-    read: training.Mask,
+    way: Way,
     optimizer: optax.GradientTransformation,
 ) -> tuple[model.Params, optax.OptState, Array, Array]:
     """One step on `tokens` `[batch, LENGTH + 1]`; also returns mean loss and divergence.
@@ -106,7 +119,7 @@ def train_step(
 
     def objective(params: model.Params) -> tuple[Array, tuple[Array, Array]]:
         losses, divergences = jax.vmap(
-            lambda sequence: sequence_losses(params, config, sequence, read)
+            lambda sequence: sequence_losses(params, CONFIG, sequence, way(budget))
         )(tokens)
         loss, divergence = losses.mean(), divergences.mean()
         return loss + divergence, (loss, divergence)
@@ -114,6 +127,25 @@ def train_step(
     (_, (loss, divergence)), gradient = jax.value_and_grad(objective, has_aux=True)(params)
     updates, state = optimizer.update(gradient, state, params)
     return optax.apply_updates(params, updates), state, loss, divergence
+
+
+@functools.partial(jax.jit, static_argnames="optimizer")
+def copy_and_state(
+    params: model.Params, *, optimizer: optax.GradientTransformation
+) -> tuple[model.Params, optax.OptState]:
+    """A copy of the weights, whose memory `train_step` may take over, and the optimiser's state."""
+    return jax.tree.map(jnp.copy, params), optimizer.init(params)
+
+
+@functools.partial(jax.jit, static_argnames="way")
+def late_loss(params: model.Params, tokens: Array, budget: Array, *, way: Way) -> Array:
+    """Mean loss on `tokens` `[sequences, LENGTH + 1]` where even the largest budget must choose."""
+    losses = lax.map(
+        lambda sequence: sequence_losses(params, CONFIG, sequence, way(budget))[0],
+        tokens,
+        batch_size=8,
+    )
+    return losses[:, max(BUDGETS) :].mean()
 
 
 def random_batches(batch: int, seed: int) -> Iterator[Array]:
@@ -124,17 +156,13 @@ def random_batches(batch: int, seed: int) -> Iterator[Array]:
         yield jnp.asarray(windows(text, rng.integers(len(text) - LENGTH, size=batch)))
 
 
-def train_dense(steps: int, batch: int, seed: int) -> model.Params:
+def train_dense(programs: Programs, steps: int, batch: int, seed: int) -> model.Params:
     """Trains model and indexers from scratch, with a progress bar."""
-    params = jax.jit(model.init_model, static_argnames="config")(jax.random.key(seed), CONFIG)
-    schedule = optax.warmup_cosine_decay_schedule(0.0, 4e-3, min(50, steps // 4), steps, 4e-5)
-    optimizer = optax.adam(schedule)
-    state = optimizer.init(params)
+    params, state = programs["start"](programs["weights"](jax.random.key(seed)))
+    budget = jnp.int32(LENGTH)
     with tqdm(total=steps, desc="training, dense", file=sys.stdout) as bar:
         for step, tokens in zip(range(1, steps + 1), random_batches(batch, seed), strict=False):
-            params, state, loss, divergence = train_step(
-                params, state, tokens, config=CONFIG, read=training.read_all, optimizer=optimizer
-            )
+            params, state, loss, divergence = programs["training"](params, state, tokens, budget)
             if step % 20 == 0 or step == steps:
                 bar.set_postfix(loss=f"{float(loss):.3f}", divergence=f"{float(divergence):.3f}")
                 bar.update(step - bar.n)
@@ -142,63 +170,89 @@ def train_dense(steps: int, batch: int, seed: int) -> model.Params:
 
 
 def adapt(
-    params: model.Params, config: Config, read: training.Mask, steps: int, batch: int, seed: int
+    programs: Programs, name: str, params: model.Params, budget: Array, args: argparse.Namespace
 ) -> model.Params:
     """Goes on training for a few steps with one way of reading; every way sees the same text."""
-    params = jax.tree.map(jnp.copy, params)  # the steps take over their arguments' memory
-    optimizer = optax.adam(1e-3)
-    state = optimizer.init(params)
-    for _, tokens in zip(range(steps), random_batches(batch, seed), strict=False):
-        params, state, _, _ = train_step(
-            params, state, tokens, config=config, read=read, optimizer=optimizer
-        )
+    params, state = programs["restart"](params)
+    batches = random_batches(args.batch, args.seed + 1)
+    for _, tokens in zip(range(args.adapt), batches, strict=False):
+        params, state, _, _ = programs[f"adapting, {name}"](params, state, tokens, budget)
     return params
 
 
-def reading_ways(implementation: selection.Implementation, seed: int) -> dict[str, training.Mask]:
+def reading_ways(implementation: selection.Implementation, seed: int) -> dict[str, Way]:
     """The ways of choosing what a token reads, by name."""
-    select = selection.select_top_k(implementation)
+    by_score = selection.rank_top_k(implementation)
+    at_random = selection.rank_random(jax.random.key(seed))
+
+    def selected(rank: selection.Selector) -> Way:
+        return lambda budget: training.read_selected(selection.best_of(rank, budget))
+
     return {
-        "dense": training.read_all,
-        "DSA": training.read_selected(select),
-        "recency": training.read_selected(selection.select_recent),
-        "random": training.read_selected(selection.select_random(jax.random.key(seed))),
-        "oracle": training.read_oracle(select),
+        "dense": lambda budget: training.read_all,
+        "DSA": selected(by_score),
+        "recency": selected(selection.rank_recent),
+        "random": selected(at_random),
+        "oracle": lambda budget: training.read_oracle(selection.best_of(by_score, budget)),
     }
 
 
-@functools.partial(jax.jit, static_argnames=("config", "read"))
-def late_losses(params: model.Params, config: Config, tokens: Array, read: training.Mask) -> Array:
-    """Losses `[sequences, LENGTH - max(BUDGETS)]` where even the largest budget has to choose."""
-    losses = lax.map(
-        lambda sequence: sequence_losses(params, config, sequence, read)[0], tokens, batch_size=8
-    )
-    return losses[:, max(BUDGETS) :]
+def programs_to_compile(
+    ways: dict[str, Way], args: argparse.Namespace
+) -> Mapping[str, Callable[[], jax.stages.Lowered]]:
+    """Everything that the command runs, lowered for its shapes on demand, by name.
+
+    Two programs per way of reading, `adapting, ...` and `held-out loss, ...`, serve all budgets.
+    """
+    warm_up = min(50, args.steps // 4)
+    schedule = optax.warmup_cosine_decay_schedule(0.0, 4e-3, warm_up, args.steps, 4e-5)
+    dense, adapting = optax.adam(schedule), optax.adam(1e-3)
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    init = jax.jit(functools.partial(model.init_model, config=CONFIG))
+    params = jax.eval_shape(init, key)
+    budget = jax.ShapeDtypeStruct((), jnp.int32)
+    batch = jax.ShapeDtypeStruct((args.batch, LENGTH + 1), jnp.int32)
+    held_out = jax.ShapeDtypeStruct((args.sequences, LENGTH + 1), jnp.int32)
+
+    def lower_step(way: Way, optimizer: optax.GradientTransformation) -> jax.stages.Lowered:
+        state = jax.eval_shape(optimizer.init, params)
+        return train_step.lower(params, state, batch, budget, way=way, optimizer=optimizer)
+
+    programs = {"training": functools.partial(lower_step, ways["dense"], dense)}
+    for name, way in ways.items():
+        programs[f"adapting, {name}"] = functools.partial(lower_step, way, adapting)
+    for name, way in ways.items():
+        lower_loss = functools.partial(late_loss.lower, params, held_out, budget, way=way)
+        programs[f"held-out loss, {name}"] = lower_loss
+    programs["weights"] = functools.partial(init.lower, key)
+    for name, optimizer in (("start", dense), ("restart", adapting)):
+        programs[name] = functools.partial(copy_and_state.lower, params, optimizer=optimizer)
+    return programs
 
 
 Table = dict[str, list[float]]  # held-out loss by way of reading, one per budget
 
 
 def held_out_losses(
-    params: model.Params, ways: dict[str, training.Mask], args: argparse.Namespace
+    programs: Programs, params: model.Params, names: Iterable[str], args: argparse.Namespace
 ) -> tuple[Table, Table]:
     """Mean held-out losses with the same weights for all, and after adapting to each."""
     _, text = split_corpus()
     offsets = np.random.default_rng(args.seed).integers(len(text) - LENGTH, size=args.sequences)
     tokens = jnp.asarray(windows(text, offsets))
-    same: Table = {name: [] for name in ways}
-    adapted: Table = {name: [] for name in ways}
-    cells = [(name, read, k) for name, read in ways.items() for k in BUDGETS]
-    with tqdm(cells, desc="adapting, held-out loss", file=sys.stdout) as bar:
-        for name, read, k in bar:
+    same: Table = {name: [] for name in names}
+    adapted: Table = {name: [] for name in names}
+    with tqdm([(name, k) for name in same for k in BUDGETS], file=sys.stdout) as bar:
+        for name, k in bar:
+            bar.set_description(f"adapting, held-out loss: {name}, k = {k}")
             if name == "dense" and k != BUDGETS[0]:  # reads everything, whatever the budget
                 same[name].append(same[name][0])
                 adapted[name].append(adapted[name][0])
                 continue
-            config = dataclasses.replace(CONFIG, top_k=k)
-            same[name].append(float(late_losses(params, config, tokens, read).mean()))
-            own = adapt(params, config, read, args.adapt, args.batch, args.seed + 1)
-            adapted[name].append(float(late_losses(own, config, tokens, read).mean()))
+            loss, budget = programs[f"held-out loss, {name}"], jnp.int32(k)
+            same[name].append(float(loss(params, tokens, budget)))
+            own = adapt(programs, name, params, budget, args)
+            adapted[name].append(float(loss(own, tokens, budget)))
     return same, adapted
 
 
@@ -255,9 +309,12 @@ def demonstrate(args: argparse.Namespace) -> int:
         f"{len(text):,} bytes of Python {sys.version.split()[0]}'s standard library to train on, "
         f"{len(held_out):,} held out"
     )
-    params = train_dense(args.steps, args.batch, args.seed)
     ways = reading_ways(command.implementation_of(args.implementation), args.seed)
-    same, adapted = held_out_losses(params, ways, args)
+    device = next(iter(jnp.zeros(()).devices()))
+    programs = compile_all(programs_to_compile(ways, args), options_without_autotuning(device))
+    compiled = time.perf_counter()
+    params = train_dense(programs, args.steps, args.batch, args.seed)
+    same, adapted = held_out_losses(programs, params, ways, args)
     print(f"\nheld-out loss in nats per byte, over positions {max(BUDGETS)} to {LENGTH}")
     for title, table in (
         ("same weights for all", same),
@@ -265,10 +322,9 @@ def demonstrate(args: argparse.Namespace) -> int:
     ):
         print(f"\n{title}\n{format_table(table)}\n" + "\n".join(conclusions(table)))
     print()
-    device = next(iter(params["norm"].devices()))
     print(
-        f"in all {time.perf_counter() - start:.0f} s, with jax {jax.__version__} on "
-        f"{device.device_kind}"
+        f"compiling {compiled - start:.0f} s, in all {time.perf_counter() - start:.0f} s, with jax "
+        f"{jax.__version__} on {device.device_kind}"
     )
     return 0
 

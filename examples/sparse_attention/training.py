@@ -118,8 +118,7 @@ def attention_block(
     )
     weights = masked_softmax(logits, is_read[:, None])
     mixed = jnp.einsum("rhn,nc->rhc", weights, latents[:, : config.kv_lora_rank])
-    heads = jnp.einsum("rhc,hcv->rhv", mixed, params["wvb"])
-    output = heads.reshape(heads.shape[0], -1) @ params["wo"]
+    output = model.attention_output(params, mixed)
     divergence = indexer_divergence(scores, lax.stop_gradient(weights.mean(axis=1)), is_read)
     return BlockResult(output, divergence, is_read)
 
