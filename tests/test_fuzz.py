@@ -193,7 +193,8 @@ def test_constants_of_the_path_are_those_of_the_kernel():
     of_types = re.findall(r"kMaxVectors = ([\w:]+);", keys)
     assert of_types == ["jax_topk::kMaxVectors", *(str(plans.TILE_VECTORS[t]) for t in
                         ("bfloat16", "float16"))]  # fmt: skip
-    assert f"min(kThreads * {plans.SHARED_TILE_VECTORS}, kTileVectors)" in kernel
+    assert "kTileVectors = kThreads * T::kMaxVectors;" in kernel
+    assert "window.num_vectors <= kTileVectors) {" in kernel
 
 
 @needs_cpu_target
@@ -204,9 +205,9 @@ def test_constants_of_the_path_are_those_of_the_kernel():
         ("", "float32", False, 64, 0, "copy"),
         ("", "float32", True, 64, 0, "short"),
         ("", "float32", False, 65, 0, "short"),
-        ("", "float32", True, 6144, 0, "short"),  # 384 threads of four vectors of four
-        ("", "float32", True, 6145, 0, "resident"),
-        ("", "float32", True, 6144, 1, "resident"),  # one vector more, by its alignment
+        ("", "float32", True, 10752, 0, "short"),  # 384 threads of seven vectors of four
+        ("", "float32", True, 10753, 0, "resident"),
+        ("", "float32", True, 10752, 1, "resident"),  # one vector more, by its alignment
         ("cluster=1", "float32", True, 10752, 0, "short"),
         ("cluster=1", "float32", True, 10753, 0, "streamed"),
         ("cluster=2", "float32", True, 21504, 0, "resident"),

@@ -171,11 +171,13 @@ __device__ __forceinline__ Estimate RefineEstimate(Cta& cta, const BracketGoal& 
 }
 
 // `visit_all(visit)` calls visit(vector, valid) for this thread's share of the elements, a vector
-// at a time, and may be called several times; at least one element is visited by some thread. The
-// histogram is zero on entry and on exit. All threads return the same.
-template <typename T, typename VisitAll>
+// at a time; `visit_again(visit)` does the same, and may be called several times. At least one
+// element is visited by some thread. The histogram is zero on entry and on exit. All threads return
+// the same.
+template <typename T, typename VisitAll, typename VisitAgain>
 __device__ __forceinline__ Estimate EstimateBracket(Cta& cta, const BracketGoal& goal,
-                                                    uint32_t flip, VisitAll visit_all) {
+                                                    uint32_t flip, VisitAll visit_all,
+                                                    VisitAgain visit_again) {
   const uint32_t coarse_flip = CoarseFlip(flip);
   visit_all([&](const uint4& vector, uint32_t valid) {
     CountCoarse<T>(cta, vector, valid, coarse_flip);
@@ -196,7 +198,7 @@ __device__ __forceinline__ Estimate EstimateBracket(Cta& cta, const BracketGoal&
   result.inside = low.above + low.inside - result.above;
 
   if (Unlikely(IsCrowded(result, goal))) {
-    result = RefineEstimate<T>(cta, goal, flip, is_open_above, is_open_below, result, visit_all);
+    result = RefineEstimate<T>(cta, goal, flip, is_open_above, is_open_below, result, visit_again);
   }
   return result;
 }

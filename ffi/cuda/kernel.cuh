@@ -34,6 +34,7 @@
 #include "narrow_bracket.cuh"
 #include "ordered_key.cuh"
 #include "row_window.cuh"
+#include "short_row.cuh"
 #include "stream_part.cuh"
 #include "write_row.cuh"
 
@@ -108,42 +109,6 @@ __device__ __forceinline__ int32_t VectorsPerThread(int32_t num_vectors) {
   return each == 4 ? 5 : each;
 }
 
-// A row that one tile holds, by one CTA: the bracket is exact.
-template <typename T>
-__device__ __forceinline__ void SelectShortRow(Cta& cta, const TopKArgs& args,
-                                               const RowWindow& window,
-                                               const RowOutput<T>& output) {
-  CopyTile<T>(cta, window, 0, window.num_vectors, cta.tiles);
-  CopyAsyncCommit();
-  PlaceCandidates(cta, args, /*has_list=*/false);
-  const Run run = MakeRun<T>(cta.thread, window, 0, window.num_vectors,
-                             VectorsPerThread(window.num_vectors), cta.tiles);
-  TileSource<T> source{run, {}, {}, output.flip, nullptr};
-  CopyAsyncWait<0>();
-  SyncThreads();  // the tile and the cleared histogram before their use
-  const uint32_t k = static_cast<uint32_t>(args.k);
-  if (Unlikely(window.length <= args.k)) {
-    // Every key is in the bracket, and every tie is selected.
-    const uint32_t length = static_cast<uint32_t>(window.length);
-    source.share = SeparateTile<T>(cta, run, Bracket{0, T::kMaxKey}, output.flip, &source.counts);
-    WriteRow<T>(cta, source, Selection{0, length, 0, 0, true, length}, args.is_sorted, output);
-    PadRow(output, window.length);
-    return;
-  }
-  const BracketGoal goal = ExactGoal(k, min(kMaxDirect, static_cast<uint32_t>(args.list_capacity)));
-  const Estimate estimate = EstimateBracket<T>(cta, goal, output.flip, [&](auto visit) {
-    VisitRun<T>(run,
-                [&](const uint4& vector, int32_t first) { visit(vector, run.valid >> first); });
-  });
-  source.share = SeparateTile<T>(cta, run, estimate.bracket, output.flip, &source.counts);
-  if (!estimate.bracket.IsSingleKey()) {
-    CollectOpenKeys<T>(cta, run, source.share, source.counts.open, output.flip);
-    SyncThreads();  // the open keys before their reads
-  }
-  FinishRow<T>(cta, args, source, estimate.bracket, source.counts,
-               ReceiveCounts(cta, source.counts, 0), output);
-}
-
 // The bracket of a long row, before any exact count.
 template <typename T>
 __device__ __forceinline__ Bracket GuessBracket(Cta& cta, const TopKArgs& args,
@@ -158,8 +123,8 @@ __device__ __forceinline__ Bracket GuessBracket(Cta& cta, const TopKArgs& args,
                             KnownBracket{{0, T::kMaxKey}, 0, length});
   }
   const BracketGoal goal = SampleGoal(k, length, sample.num_elements(), open_limit);
-  const Estimate estimate =
-      EstimateBracket<T>(cta, goal, flip, [&](auto visit) { sample.VisitAll(window, visit); });
+  const auto visit_all = [&](auto visit) { sample.VisitAll(window, visit); };
+  const Estimate estimate = EstimateBracket<T>(cta, goal, flip, visit_all, visit_all);
   if (cta.num_active > 1) ClusterWait();
   return estimate.bracket;
 }
@@ -299,11 +264,8 @@ __device__ __forceinline__ void SelectRow(const TopKArgs& args) {
   constexpr int32_t kTileVectors = kThreads * T::kMaxVectors;
   const bool is_forced_short =
       args.path == static_cast<int>(Path::kShort) || window.length <= args.k;
-  // Beyond four vectors per thread, sharing the row beats one busy CTA, where there are others.
-  const int32_t short_vectors =
-      args.cluster_size > 1 && !is_forced_short ? min(kThreads * 4, kTileVectors) : kTileVectors;
   if ((args.path == static_cast<int>(Path::kAuto) || is_forced_short) &&
-      window.num_vectors <= short_vectors) {
+      window.num_vectors <= kTileVectors) {
     if (cta.rank != server) return;
     cta.rank = 0;
     SelectShortRow<T>(cta, args, window, output);

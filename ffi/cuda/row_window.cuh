@@ -154,17 +154,6 @@ __device__ __forceinline__ Run MakeRun(int turn, const RowWindow& window, int32_
   return run;
 }
 
-// Calls visit(vector, first) for every vector of a run; `first` is the index in the run of its
-// first element. Elements that do not count are visited too: mask with run.valid. A loop: with
-// every size unrolled the kernel was four times as large and slower.
-template <typename T, typename Visit>
-__device__ __forceinline__ void VisitRun(const Run& run, Visit visit) {
-#pragma unroll 1
-  for (int32_t v = 0; v < run.num_vectors; ++v) {
-    visit(LoadShared(run.vectors + v), v * T::kPerVector);
-  }
-}
-
 // The key of element `index` of a run.
 template <typename T>
 __device__ __forceinline__ uint32_t KeyInRun(const Run& run, int32_t index, uint32_t flip) {

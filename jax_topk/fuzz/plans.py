@@ -65,7 +65,6 @@ result and is copied, one CTA holds the row, each CTA holds its part, or the par
 THREADS_PER_CTA = 384
 VECTOR_BYTES = 16
 TILE_VECTORS = {"float32": 7, "bfloat16": 3, "float16": 3}
-SHARED_TILE_VECTORS = 4
 
 
 class Plan(TypedDict):
@@ -118,9 +117,7 @@ def kernel_paths(
     cluster = plan["cluster_size"]
     tile = THREADS_PER_CTA * TILE_VECTORS[dtype]
     is_forced_short = (plan["path"] == "short") | (lengths <= k)
-    is_shared = (cluster > 1) & ~is_forced_short
-    short_vectors = np.where(is_shared, min(THREADS_PER_CTA * SHARED_TILE_VECTORS, tile), tile)
-    is_short = ((plan["path"] == "auto") | is_forced_short) & (num_vectors <= short_vectors)
+    is_short = ((plan["path"] == "auto") | is_forced_short) & (num_vectors <= tile)
     part_vectors = -(-plan["part_elements"] * element_bytes // VECTOR_BYTES)
     each = np.maximum(-(-num_vectors // cluster), part_vectors)
     path = np.where(each <= tile, resident, streamed)
