@@ -162,10 +162,13 @@ def _lower_to_xla(
             by_sort=platform != "cpu" or _may_be_partitioned(ctx),
         )
 
-    # Without what JAX has lowered already and reuses: under `install()` the same operation becomes
-    # a kernel outside of the expression and must not become one inside, nor the other way round.
-    own_caches = ctx.module_context.replace(lowering_cache={}, cached_primitive_lowerings={})
-    ctx = ctx.replace(module_context=own_caches)
+    from jax_topk.install import is_installed  # which imports this module
+
+    if is_installed():
+        # Without what JAX has lowered already and reuses: the same operation becomes a kernel
+        # outside of the expression and must not become one inside, nor the other way round.
+        own_caches = ctx.module_context.replace(lowering_cache={}, cached_primitive_lowerings={})
+        ctx = ctx.replace(module_context=own_caches)
     token = _is_lowering_expression.set(True)
     try:
         return mlir.lower_fun(expression, multiple_results=True)(ctx, *operands)
