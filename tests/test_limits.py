@@ -199,18 +199,14 @@ def gpu():
         yield Runner("cuda", gpu_devices()[0])
 
 
-def needs_gib(gib: float, in_new_process: bool = False) -> None:
-    """Skips unless so much is free: other processes may hold memory of the same GPU."""
-    stats = gpu_devices()[0].memory_stats()
-    limit = stats["bytes_limit"] / 2**30
+def needs_gib_for_a_new_process(gib: float) -> None:
+    """Skips unless so much is free: this process and others may hold memory of the same GPU."""
+    limit = gpu_devices()[0].memory_stats()["bytes_limit"] / 2**30
     if limit < gib:
         pytest.skip(f"needs {gib} GiB of GPU memory, and JAX may take {limit:.0f}")
     query = ["nvidia-smi", "--query-gpu=memory.free", "--format=csv,noheader,nounits", "--id=0"]
     answer = subprocess.run(query, capture_output=True, text=True, timeout=60, check=True).stdout
     free = int(answer) / 2**10
-    if not in_new_process:
-        # What JAX has reserved in this process and does not use is free as well.
-        free += max(stats.get("pool_bytes", 0) - stats["bytes_in_use"], 0) / 2**30
     if free < gib:
         pytest.skip(f"needs {gib} GiB of GPU memory, and {free:.0f} are free")
 
@@ -247,7 +243,7 @@ def test_more_rows_than_a_grid_has_ctas(gpu):
     In a process of its own, without a pool: XLA asks for 32 GiB in one piece. Tests that ran before
     in this process may hold more than is left, and a pool that grows is never in one piece.
     """
-    needs_gib(45, in_new_process=True)
+    needs_gib_for_a_new_process(45)
     result = subprocess.run(
         [sys.executable, "-c", MANY_ROWS],
         env={

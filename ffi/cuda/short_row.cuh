@@ -242,8 +242,9 @@ template <typename T>
 __device__ __forceinline__ WarpPlaces<T> FindPlaces(const Cta& cta, const ShortTile<T>& tile,
                                                     const ShortSelection& selection) {
   uint32_t greater = selection.masks.certain;
-  uint32_t equal = selection.is_only_key ? selection.masks.open : 0;
+  uint32_t equal = selection.masks.open;
   if (!selection.is_only_key) {
+    equal = 0;
 #pragma unroll 1
     for (uint32_t open = selection.masks.open; open != 0; open &= open - 1) {
       const uint32_t bit = open & (0 - open);
@@ -268,8 +269,8 @@ __device__ __forceinline__ WarpPlaces<T> FindPlaces(const Cta& cta, const ShortT
   return WarpPlaces<T>{selected, TurnPlaces<T>(cta, selected), before, count};
 }
 
-// Writes the selected elements, `num_selected` in all, each warp for itself by way of shared
-// memory: 2048 scattered stores of 4 bytes would cost 1 us.
+// Writes the selected elements, `num_selected` in all, each warp for itself. By way of shared memory:
+// stores straight from the unrolled loop took longer, see ffi/NOTES.md.
 template <typename T>
 __device__ __forceinline__ void WriteShortRow(Cta& cta, const ShortTile<T>& tile,
                                               const ShortSelection& selection,
