@@ -269,8 +269,8 @@ __device__ __forceinline__ WarpPlaces<T> FindPlaces(const Cta& cta, const ShortT
   return WarpPlaces<T>{selected, TurnPlaces<T>(cta, selected), before, count};
 }
 
-// Writes the selected elements, `num_selected` in all, each warp for itself. By way of shared memory:
-// stores straight from the unrolled loop took longer, see ffi/NOTES.md.
+// Writes the selected elements, `num_selected` in all, each warp for itself. By way of shared
+// memory: stores straight from the unrolled loop took longer, see ffi/NOTES.md.
 template <typename T>
 __device__ __forceinline__ void WriteShortRow(Cta& cta, const ShortTile<T>& tile,
                                               const ShortSelection& selection,
