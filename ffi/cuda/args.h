@@ -20,12 +20,13 @@ struct TopKArgs {
   void* values;            // [rows, k] or null
   int32_t* indices;        // [rows, k]
   int64_t width;
-  int32_t k;  // >= 1
+  bool are_rows_aligned;  // every row begins at a 16-byte address
+  int32_t k;              // >= 1
   bool is_smallest;
   bool is_sorted;  // best first; otherwise ascending index
   int32_t path;    // Path
   int32_t cluster_size;
-  int32_t cluster_mask;  // cluster_size - 1 if that is a power of two, else 0
+  int32_t cluster_mask;         // cluster_size - 1 if that is a power of two, else 0
   uint64_t cluster_reciprocal;  // 2^32 / cluster_size, rounded up
   int32_t num_stages;
   int32_t part_vectors;  // fewest vectors per CTA of a row that several share
@@ -44,6 +45,8 @@ inline TopKArgs MakeArgs(const Problem& problem, const LaunchPlan& plan, bool is
   args.indices = buffers.indices;
   args.operand_bytes = problem.rows * problem.width * ElementBytes(problem.dtype);
   args.width = problem.width;
+  args.are_rows_aligned = reinterpret_cast<uintptr_t>(buffers.operand) % kVectorBytes == 0 &&
+                          problem.width * ElementBytes(problem.dtype) % kVectorBytes == 0;
   args.k = static_cast<int32_t>(problem.k);
   args.is_smallest = is_smallest;
   args.is_sorted = problem.is_sorted;

@@ -106,10 +106,7 @@ __device__ __forceinline__ void PlaceCandidates(Cta& cta, const TopKArgs& args, 
 // Inclusive sum over the lanes of a warp.
 __device__ __forceinline__ uint32_t WarpInclusiveSum(int lane, uint32_t value) {
 #pragma unroll
-  for (int delta = 1; delta < 32; delta *= 2) {
-    const uint32_t other = WarpShiftUp(value, delta);
-    if (lane >= delta) value += other;
-  }
+  for (int delta = 1; delta < 32; delta *= 2) value = WarpAddShifted(lane, value, delta);
   return value;
 }
 

@@ -87,10 +87,38 @@ __device__ __forceinline__ Pivot RankFinalists(const Cta& cta, uint32_t num, uin
 constexpr int kThreadsPerCandidate = 4;
 constexpr uint32_t kMaxDirect = kThreads / kThreadsPerCandidate;
 
+// The pivot of a row that has one CTA.
+struct DirectPivot {
+  uint32_t key;
+  uint32_t num_ties;   // as in Pivot
+  uint32_t num_equal;  // candidates equal to the key
+};
+
+// Ranks at most kMaxInEveryWarp candidates of a row that has one CTA, in every warp alike. Of more
+// candidates, that all warps do the same costs more than the barrier that it saves.
+constexpr uint32_t kMaxInEveryWarp = 8;
+__device__ __forceinline__ DirectPivot RankInEveryWarp(const Cta& cta, const Candidates& candidates,
+                                                       uint32_t rank) {
+  const bool has_key = static_cast<uint32_t>(cta.lane) < candidates.count;
+  const uint32_t key = has_key ? candidates.keys[cta.lane] : 0;
+  uint32_t greater = 0, reached = 0;
+#pragma unroll 1
+  for (uint32_t first = 0; first < candidates.count; first += 4) {
+    const uint4 others = LoadShared(reinterpret_cast<const uint4*>(candidates.keys + first));
+    greater += (others.x > key) + (others.y > key) + (others.z > key) + (others.w > key);
+    reached += (others.x >= key) + (others.y >= key) + (others.z >= key) + (others.w >= key);
+  }
+  const bool is_pivot = has_key && greater < rank && rank <= reached;
+  const int source = __ffs(WarpBallot(is_pivot)) - 1;
+  greater = WarpBroadcast(greater, source);
+  return DirectPivot{WarpBroadcast(key, source), rank - greater,
+                     WarpBroadcast(reached, source) - greater};
+}
+
 // Ranks at most kMaxDirect candidates of a row that has one CTA. In: the header's pivot is zero.
 // One barrier.
-__device__ __forceinline__ Pivot RankDirectly(const Cta& cta, const Candidates& candidates,
-                                              uint32_t rank) {
+__device__ __forceinline__ DirectPivot RankDirectly(const Cta& cta, const Candidates& candidates,
+                                                    uint32_t rank) {
   static_assert(kThreadsPerCandidate == 4, "two steps sum the shares");
   const uint32_t own = static_cast<uint32_t>(cta.thread) / kThreadsPerCandidate;
   const uint32_t share = static_cast<uint32_t>(cta.thread) % kThreadsPerCandidate;
@@ -110,10 +138,11 @@ __device__ __forceinline__ Pivot RankDirectly(const Cta& cta, const Candidates& 
   if (has_sum && own < candidates.count && greater < rank && rank <= ahead >> 16) {
     // Several if the pivot has ties, all with the same news.
     atomicMax(&cta.header->pivot_key, key);
-    atomicMax(&cta.header->num_ties, rank - greater);
+    atomicMax(&cta.header->num_ties, (rank - greater) | ((ahead >> 16) - greater) << 16);
   }
   SyncThreads();  // the pivot before its reads
-  return Pivot{cta.header->pivot_key, cta.header->num_ties, 0, 0};
+  const uint32_t ties = cta.header->num_ties;
+  return DirectPivot{cta.header->pivot_key, ties & 0xffffu, ties >> 16};
 }
 
 // Calls visit(key, index) for this thread's share of the candidates.
@@ -137,7 +166,8 @@ __device__ __forceinline__ Pivot FindPivot(Cta& cta, const Candidates& candidate
                                            uint32_t rank) {
   SharedHeader* header = cta.header;
   if (cta.num_active == 1 && candidates.count <= kMaxDirect) {
-    return RankDirectly(cta, candidates, rank);
+    const DirectPivot pivot = RankDirectly(cta, candidates, rank);
+    return Pivot{pivot.key, pivot.num_ties, 0, 0};
   }
   uint32_t inside = candidates.count;
 #pragma unroll 1

@@ -239,6 +239,14 @@ __device__ __forceinline__ void SelectRow(const TopKArgs& args) {
   const int64_t row = RowIndex();
   Cta cta = MakeCta(args);
   InitCta(cta);
+  // A row that needs one CTA is not always given to the first of its cluster: the clusters of an
+  // SM's two places mostly lie alike, and their first CTAs would share that SM.
+  const int server = args.cluster_mask & static_cast<int>(row);
+  const unsigned char* row_begin =
+      static_cast<const unsigned char*>(args.operand) + row * args.width * T::kBytes;
+  RowOutput<T> output(args, row, T::SignFlip(args.is_smallest));
+  ComputeHere(row_begin);
+  ComputeHere(output.indices);
   WaitForKernelsBefore();
   const int32_t raw_start = LoadWord(args.starts + row);
   const int32_t raw_length = LoadWord(args.lengths + row);
@@ -246,17 +254,15 @@ __device__ __forceinline__ void SelectRow(const TopKArgs& args) {
   const int32_t width = static_cast<int32_t>(args.width);
   const int32_t start = min(max(raw_start, 0), width);
   const int32_t length = min(max(raw_length, 0), width - start);
-  const RowOutput<T> output(args, row, T::SignFlip(args.is_smallest));
   const bool is_copy = length <= args.k && !args.is_sorted;
-  // A row that needs one CTA is not always given to the first of its cluster: the clusters of an
-  // SM's two places mostly lie alike, and their first CTAs would share that SM.
-  const int server = args.cluster_mask & static_cast<int>(row);
   if (is_copy) {
     if (cta.rank != server) return;
     CopyIndices(length, output.indices, args.k);
     if (output.values == nullptr) return;
   }
-  const RowWindow window = MakeWindow<T>(args, row, start, length);
+  const RowWindow window = args.are_rows_aligned && start == 0
+                               ? MakeAlignedWindow<T>(row_begin, length)
+                               : MakeWindow<T>(args, row, start, length);
   if (Unlikely(is_copy)) {
     CopyValues(window, output);
     return;
@@ -268,7 +274,14 @@ __device__ __forceinline__ void SelectRow(const TopKArgs& args) {
       window.num_vectors <= kTileVectors) {
     if (cta.rank != server) return;
     cta.rank = 0;
-    SelectShortRow<T>(cta, args, window, output);
+    if (window.num_vectors <= kThreads * kFewTurns<T>) {
+      SelectShortRow<T, kFewTurns<T>>(cta, args, window, output);
+    } else if (kMiddleTurns<T> == kMostTurns<T> ||
+               window.num_vectors > kThreads * kMiddleTurns<T>) {
+      SelectShortRow<T, kMostTurns<T>>(cta, args, window, output);
+    } else {
+      SelectShortRow<T, kMiddleTurns<T>>(cta, args, window, output);
+    }
     return;
   }
   const int32_t each = VectorsPerCta(args, window.num_vectors);

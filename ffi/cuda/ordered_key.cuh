@@ -160,9 +160,10 @@ __device__ __forceinline__ uint32_t CoarseBinOfKey(uint32_t key) {
 // The lowest key of coarse bin `from_top`, 0 being the bin of the largest keys.
 template <typename T>
 __device__ __forceinline__ uint32_t CoarseLowestKey(uint32_t from_top) {
-  if (from_top < kHalfBins) return T::kSign + T::StepMagnitude(kHalfBins - 1 - from_top);
-  const uint32_t step = from_top - kHalfBins;
-  return step == kHalfBins - 1 ? 0 : T::kSign - T::StepMagnitude(step + 1);
+  const bool is_upper = from_top < kHalfBins;
+  const uint32_t step = is_upper ? kHalfBins - 1 - from_top : from_top - kHalfBins + 1;
+  const uint32_t magnitude = step < kHalfBins ? T::StepMagnitude(step) : T::kSign;
+  return is_upper ? T::kSign + magnitude : T::kSign - magnitude;
 }
 
 }  // namespace jax_topk

@@ -77,6 +77,28 @@ __device__ __forceinline__ uint4 LoadShared(const uint4* pointer) {
   return value;
 }
 
+// Writes words to shared memory one after the other.
+struct SharedCursor {
+  uint32_t address;
+  __device__ __forceinline__ explicit SharedCursor(int32_t* first)
+      : address(SharedAddress(first)) {}
+  // If `condition` is not zero. Predicated: no branch.
+  __device__ __forceinline__ void AppendIf(uint32_t condition, int32_t value) {
+    asm volatile(
+        "{\n\t.reg .pred p;\n\tsetp.ne.u32 p, %2, 0;\n\t@p st.shared.s32 [%0], %1;\n\t"
+        "@p add.u32 %0, %0, 4;\n\t}"
+        : "+r"(address)
+        : "r"(value), "r"(condition)
+        : "memory");
+  }
+};
+
+// Keeps the compiler from computing a pointer later than here.
+template <typename V>
+__device__ __forceinline__ void ComputeHere(V*& pointer) {
+  asm volatile("" : "+l"(pointer));
+}
+
 // 2 * bits + (a + b does not fit a word): two instructions, the carry of a sum shifted in.
 __device__ __forceinline__ uint32_t AppendCarry(uint32_t bits, uint32_t a, uint32_t b) {
   asm("{\n\t.reg .u32 sum;\n\tadd.cc.u32 sum, %1, %2;\n\taddc.u32 %0, %0, %0;\n\t}"
@@ -232,6 +254,16 @@ __device__ __forceinline__ void SendAsync(uint32_t remote, uint4 value, uint32_t
 
 __device__ __forceinline__ uint32_t WarpShiftUp(uint32_t value, int delta) {
   return __shfl_up_sync(0xffffffffu, value, delta);
+}
+// Adds the value of lane - delta where there is such a lane: a shuffle says whether by a predicate.
+__device__ __forceinline__ uint32_t WarpAddShifted(int, uint32_t value, int delta) {
+  asm volatile(
+      "{\n\t.reg .u32 other;\n\t.reg .pred exists;\n\t"
+      "shfl.sync.up.b32 other|exists, %0, %1, 0, 0xffffffff;\n\t"
+      "@exists add.u32 %0, %0, other;\n\t}"
+      : "+r"(value)
+      : "r"(delta));
+  return value;
 }
 __device__ __forceinline__ uint32_t WarpBroadcast(uint32_t value, int lane) {
   return __shfl_sync(0xffffffffu, value, lane);

@@ -45,6 +45,13 @@ __device__ __forceinline__ RowWindow MakeWindow(const TopKArgs& args, int64_t ro
   return window;
 }
 
+// The same for a window that begins with a row, where all rows begin at 16-byte addresses.
+template <typename T>
+__device__ __forceinline__ RowWindow MakeAlignedWindow(const unsigned char* row, int32_t length) {
+  const uint32_t num_vectors = (static_cast<uint32_t>(length) + T::kPerVector - 1) / T::kPerVector;
+  return RowWindow{row, row, row, length, 0, static_cast<int32_t>(num_vectors), false};
+}
+
 // Vector `index` of a row that leaves the operand; elements outside it read as zero bits.
 template <typename T>
 __device__ __forceinline__ uint4 LoadVectorAtEdge(const RowWindow window, int32_t index) {
@@ -77,8 +84,8 @@ struct Part {
 };
 
 template <typename T>
-__device__ __forceinline__ void CopyTileAtEdge(const RowWindow window, int32_t first, int32_t last,
-                                               unsigned char* tile) {
+__device__ __noinline__ void CopyTileAtEdge(const RowWindow window, int32_t first, int32_t last,
+                                            unsigned char* tile) {
   for (int32_t slot = ThreadIndex(); slot < last - first; slot += kThreads) {
     reinterpret_cast<uint4*>(tile)[slot] = LoadVectorAtEdge<T>(window, first + slot);
   }

@@ -1,14 +1,15 @@
 // Rows that one CTA's tile holds.
 //
-// The row is read once, into shared memory, for the few elements that are looked at by number, and
-// from there into registers, for the passes over all of them. Each warp owns a stretch of the row
-// and its lanes take the vectors of the stretch in turns, so that loads are coalesced, and a thread
-// waits for its own copies alone. All elements are counted, so the bracket and its counts are exact
+// The row is read once, into registers; a copy in shared memory serves the few elements that are
+// looked at by number. Threads take the vectors of the row in turns, and a tile has all its turns
+// whatever the row's length, so that nothing branches between them: what lies outside the window
+// becomes the lowest key, which is never selected of a row of more than k (see SelectElements for
+// elements that have that key). All elements are counted, so the bracket and its counts are exact
 // and nothing has to be verified.
 //
-// Order without sorting: in a warp's stretch, elements ascend by turn, then lane, then number in
-// their vector. What a warp selects in one turn fits a field of a word, so that one scan of the
-// lanes places several turns, and warps need only each other's totals.
+// Order without sorting: elements ascend by turn, then thread, then number in their vector. What a
+// warp selects in one turn fits a field of a word, so that one scan of the lanes places several
+// turns, and one sum over the warps all of them.
 
 #ifndef JAX_TOPK_CUDA_SHORT_ROW_CUH_
 #define JAX_TOPK_CUDA_SHORT_ROW_CUH_
@@ -23,86 +24,89 @@
 #include "filter_part.cuh"
 #include "find_pivot.cuh"
 #include "row_window.cuh"
-#include "stream_part.cuh"
 #include "write_row.cuh"
 
 namespace jax_topk {
 
-// The row, and a thread's elements of it: number i is element i % kPerVector of turn
-// i / kPerVector.
+// The sizes of tiles, in turns: the largest of all takes longer for the rows that the middle one
+// holds.
 template <typename T>
+constexpr int kFewTurns = T::kPerVector == 4 ? 3 : 2;
+template <typename T>
+constexpr int kMiddleTurns = T::kPerVector == 4 ? 6 : 3;
+template <typename T>
+constexpr int kMostTurns = T::kMaxVectors;
+
+// A thread's elements of the row: number i is element i % kPerVector of turn i / kPerVector.
+template <typename T, int kTurns>
 struct ShortTile {
-  static constexpr int kTurns = T::kMaxVectors;
-  static constexpr int kStep = 32 * T::kPerVector;  // elements of a warp's turn
-  static_assert(kTurns * T::kPerVector <= 32, "one bit per element");
+  static constexpr int kElements = kTurns * T::kPerVector;
+  static_assert(kElements <= 32, "one bit per element");
 
-  uint4* slots;       // in shared memory: the lane's vector of turn 0; a turn is 32 vectors
-  int32_t num_turns;  // the same for all threads
-  int32_t position;   // of element 0, within the window; negative before its start
-  uint32_t valid;     // bit i: element i lies in the window
-  uint32_t flip;
   uint4 vectors[kTurns];
+  uint4* slots;      // in shared memory: the thread's vector of turn 0; a turn is kThreads vectors
+  int32_t position;  // of element 0, within the window; negative before its start
+  int32_t length;    // of the window
+  uint32_t flip;
 
-  // Starts the copies; nothing waits for them here.
+  // Starts loading the row.
   __device__ __forceinline__ ShortTile(const Cta& cta, const RowWindow& window, uint32_t sign_flip)
-      : num_turns((window.num_vectors + kThreads - 1) / kThreads), flip(sign_flip) {
-    const int32_t first = 32 * num_turns * cta.warp + cta.lane;
-    slots = reinterpret_cast<uint4*>(cta.tiles) + first;
-    const int32_t own_turns = max(min(num_turns, (window.num_vectors - first + 31) >> 5), 0);
+      : slots(reinterpret_cast<uint4*>(cta.tiles) + cta.thread),
+        position(cta.thread * T::kPerVector - window.skew),
+        length(window.length),
+        flip(sign_flip) {
     if (Unlikely(window.leaves_operand)) {
-#pragma unroll 1
-      for (int turn = 0; turn < own_turns; ++turn) {
-        slots[32 * turn] = LoadVectorAtEdge<T>(window, first + 32 * turn);
-      }
-    } else {
-      const unsigned char* from = window.vectors + int64_t{first} * kVectorBytes;
+      CopyTileAtEdge<T>(window, 0, window.num_vectors, cta.tiles);
 #pragma unroll
-      for (int turn = 0; turn < kTurns; ++turn) {
-        if (turn < own_turns) CopyAsync16(slots + 32 * turn, from + 32 * kVectorBytes * turn);
-      }
+      for (int turn = 0; turn < kTurns; ++turn) vectors[turn] = LoadShared(slots + turn * kThreads);
+      return;
     }
-    CopyAsyncCommit();
-    position = first * T::kPerVector - window.skew;
-    valid = LowBits(own_turns * T::kPerVector);
-    // The window's first vector may begin before it, and its last one end behind it.
-    if (first == 0) valid &= ~LowBits(window.skew);
-    const int32_t tail = (window.length + window.skew) % T::kPerVector;
-    if (tail != 0 && own_turns > 0 && first + 32 * (own_turns - 1) == window.num_vectors - 1) {
-      valid &= LowBits((own_turns - 1) * T::kPerVector + tail);
-    }
-  }
-
-  // Waits for the thread's own copies, and takes them into registers.
-  __device__ __forceinline__ void Load() {
-    CopyAsyncWait<0>();
+    const uint4* from = reinterpret_cast<const uint4*>(window.vectors) + cta.thread;
 #pragma unroll
     for (int turn = 0; turn < kTurns; ++turn) {
-      if (turn < num_turns) vectors[turn] = LoadShared(slots + 32 * turn);
+      if (turn * kThreads + cta.thread < window.num_vectors) {
+        vectors[turn] = LoadReadOnly(from + turn * kThreads);
+      }
     }
   }
 
-  // Calls visit(vector, valid) for every vector, those that do not count included.
+  // Replaces what lies outside the window, and copies the tile to shared memory.
+  __device__ __forceinline__ void Settle(const Cta& cta, const RowWindow& window) {
+    const uint32_t lowest = T::kPerVector == 4 ? T::Bits(0, flip) : BothHalves(T::Bits(0, flip));
+#pragma unroll
+    for (int turn = 0; turn < kTurns; ++turn) {
+      if (turn * kThreads + cta.thread >= window.num_vectors) {
+        vectors[turn] = make_uint4(lowest, lowest, lowest, lowest);
+      }
+    }
+    const int32_t tail = (window.length + window.skew) % T::kPerVector;
+    if (tail != 0) {
+      const int32_t turns_before = window.num_vectors - 1 - cta.thread;
+      const uint32_t valid = LowBits(tail);
+#pragma unroll
+      for (int turn = 0; turn < kTurns; ++turn) {
+        if (turn * kThreads == turns_before) KeepValid(&vectors[turn], valid, lowest);
+      }
+    }
+    if (Unlikely(window.skew != 0) && cta.thread == 0) {
+      KeepValid(&vectors[0], ~LowBits(window.skew), lowest);
+    }
+#pragma unroll
+    for (int turn = 0; turn < kTurns; ++turn) slots[turn * kThreads] = vectors[turn];
+  }
+
+  // Calls visit(vector, valid) for every vector.
   template <typename Visit>
   __device__ __forceinline__ void VisitAll(Visit visit) const {
 #pragma unroll
-    for (int turn = 0; turn < kTurns; ++turn) {
-      if (turn < num_turns) visit(vectors[turn], valid >> (turn * T::kPerVector));
-    }
-  }
-  // The same from shared memory, in a loop: for code that is rarely needed, and should be small.
-  template <typename Visit>
-  __device__ __forceinline__ void VisitAgain(Visit visit) const {
-#pragma unroll 1
-    for (int turn = 0; turn < num_turns; ++turn) {
-      visit(LoadShared(slots + 32 * turn), valid >> (turn * T::kPerVector));
-    }
+    for (int turn = 0; turn < kTurns; ++turn) visit(vectors[turn], ~0u);
   }
 
   __device__ __forceinline__ int32_t Position(int i) const {
-    return position + i / T::kPerVector * kStep + i % T::kPerVector;
+    return position + i / T::kPerVector * (kThreads * T::kPerVector) + i % T::kPerVector;
   }
   __device__ __forceinline__ uint32_t Key(int i) const {
-    const uint4* vector = slots + i / T::kPerVector * 32;
+    const uint4* vector = slots + i / T::kPerVector * kThreads;
     if constexpr (T::kBytes == 4) {
       return T::Key(reinterpret_cast<const uint32_t*>(vector)[i % T::kPerVector], flip);
     } else {
@@ -110,233 +114,415 @@ struct ShortTile {
     }
   }
 
-  // Where the elements stand against a bracket.
+  // Where the elements stand against a bracket whose keys lie in one half of the order.
   __device__ __forceinline__ RunMasks MasksOf(const Bracket& bracket) const {
     MaskBuilder<T> builder(bracket, flip);
-    if (builder.HasOneMask()) {
 #pragma unroll
-      for (int turn = kTurns - 1; turn >= 0; --turn) {
-        if (turn < num_turns) builder.template Prepend<true>(vectors[turn]);
-      }
-    } else {
-#pragma unroll
-      for (int turn = kTurns - 1; turn >= 0; --turn) {
-        if (turn < num_turns) builder.template Prepend<false>(vectors[turn]);
-      }
-    }
-    return builder.Masks(valid);
+    for (int turn = kTurns - 1; turn >= 0; --turn) builder.template Prepend<true>(vectors[turn]);
+    return builder.Masks(LowBits(kElements));
   }
 
-  // Writes the thread's open keys, of `num_open` in all, to cta.own, behind those of other warps,
-  // in any order, and pads them. In: the header's num_own is zero. Ends without a barrier.
-  __device__ __forceinline__ void CollectOpenKeys(const Cta& cta, uint32_t open,
-                                                  uint32_t num_open) const {
-    PadOpenKeys(cta, num_open);
-    const uint32_t count = __popc(open);
-    const uint32_t inclusive = WarpInclusiveSum(cta.lane, count);
-    uint32_t first = 0;
-    if (cta.lane == 31 && inclusive != 0) first = atomicAdd(&cta.header->num_own, inclusive);
-    uint32_t* place =
-        reinterpret_cast<uint32_t*>(cta.own) + WarpBroadcast(first, 31) + (inclusive - count);
-#pragma unroll 1
-    for (; open != 0; open &= open - 1) *place++ = Key(__ffs(open) - 1);
+ private:
+  // Every element that `valid` does not name becomes the lowest key.
+  __device__ __forceinline__ static void KeepValid(uint4* vector, uint32_t valid, uint32_t lowest) {
+    if constexpr (T::kPerVector == 4) {
+      vector->x = valid & 1 ? vector->x : lowest;
+      vector->y = valid & 2 ? vector->y : lowest;
+      vector->z = valid & 4 ? vector->z : lowest;
+      vector->w = valid & 8 ? vector->w : lowest;
+    } else {
+      vector->x = KeepValidHalves(vector->x, valid, lowest);
+      vector->y = KeepValidHalves(vector->y, valid >> 2, lowest);
+      vector->z = KeepValidHalves(vector->z, valid >> 4, lowest);
+      vector->w = KeepValidHalves(vector->w, valid >> 6, lowest);
+    }
+  }
+  __device__ __forceinline__ static uint32_t KeepValidHalves(uint32_t pair, uint32_t valid,
+                                                             uint32_t lowest) {
+    const uint32_t kept = (valid & 1 ? 0xffffu : 0) | (valid & 2 ? 0xffff0000u : 0);
+    return (pair & kept) | (lowest & ~kept);
   }
 };
 
-// A thread's bits, counted by turn: even turns in one word, odd ones in the other, in fields that
-// hold the sum over a warp.
+// Of a thread's elements, those that lie in the window, as bits. `position`: of the first element.
+template <typename T>
+__device__ __forceinline__ uint32_t ValidElements(int32_t position, int32_t length) {
+  uint32_t valid = 0;
+#pragma unroll 1
+  for (int turn = 0; turn < kMostTurns<T>; ++turn) {
+    const uint32_t of_turn = LowBits(min(length - position, T::kPerVector)) & ~LowBits(-position);
+    valid |= of_turn << (turn * T::kPerVector);
+    position += kThreads * T::kPerVector;
+  }
+  return valid;
+}
+
+// The bin of 1-based rank `rank` among counted elements, as a bracket of keys: `keys_of(bin)` gives
+// those of a bin, counted from the top. In: complete counts, ordered by a barrier. Ends behind a
+// barrier. The histogram keeps its counts.
+template <typename KeysOf>
+__device__ __forceinline__ Estimate FindBracket(const Cta& cta, uint32_t rank, KeysOf keys_of) {
+  uint32_t* totals = cta.header->bin_totals;
+  uint32_t counts[kBinsPerThread] = {};
+  uint32_t sum = 0, of_warp = 0;
+  const bool has_bins = cta.warp < kBinThreads / 32;
+  if (has_bins) {
+#pragma unroll
+    for (int i = 0; i < kBinsPerThread / 4; ++i) {
+      const uint4 bins = LoadShared(reinterpret_cast<const uint4*>(cta.bins) +
+                                    kBinsPerThread / 4 * cta.thread + i);
+      counts[4 * i] = bins.x;
+      counts[4 * i + 1] = bins.y;
+      counts[4 * i + 2] = bins.z;
+      counts[4 * i + 3] = bins.w;
+      sum += bins.x + bins.y + bins.z + bins.w;
+    }
+    of_warp = WarpSum(sum);
+    if (cta.lane == 0) totals[cta.warp] = of_warp;
+  }
+  SyncThreads();  // totals before their reads
+  if (has_bins) {
+    const uint32_t warps_before = WarpSum(cta.lane < cta.warp ? totals[cta.lane] : 0);
+    // Unsigned: a rank before this warp's bins is as wrong as one behind them.
+    if (rank - 1 - warps_before < of_warp) {
+      const uint32_t before = warps_before + WarpInclusiveSum(cta.lane, sum) - sum;
+      const uint32_t inner = rank - 1 - before;
+      if (inner < sum) {
+        uint32_t reached = counts[0], slot = 0, slot_before = 0, inside = counts[0];
+#pragma unroll
+        for (int j = 1; j < kBinsPerThread; ++j) {
+          if (inner >= reached) {
+            slot = j;
+            slot_before = reached;
+            inside = counts[j];
+          }
+          reached += counts[j];
+        }
+        const Bracket keys = keys_of(kBinsPerThread * static_cast<uint32_t>(cta.thread) + slot);
+        cta.header->found[0] = make_uint4(keys.lowest, keys.highest, before + slot_before, inside);
+      }
+    }
+  }
+  SyncThreads();  // the found bin before its reads
+  const uint4 found = LoadShared(&cta.header->found[0]);
+  return Estimate{Bracket{found.x, found.y}, found.z, found.w};
+}
+
+// Counts the elements inside a bracket, of which the keys lie in one half of the order, by linear
+// bins, and finds the range of keys that they have. In: the histogram is zero, the header's ranges
+// are empty, ordered by a barrier. One barrier.
+template <typename T, int kTurns>
+__device__ __forceinline__ Bracket CountInside(const Cta& cta, const ShortTile<T, kTurns>& tile,
+                                               const Bracket& bracket, const LinearBins& bins) {
+  const uint32_t mask = KeyTest<T>(bracket.highest, tile.flip).mask;
+  const uint32_t range = bracket.highest - bracket.lowest;
+  // How far the highest and the lowest element inside are from the bracket's ends. Unsigned: of
+  // elements outside, both distances are greater than `range`.
+  uint32_t from_top = range, from_bottom = range;
+  tile.VisitAll([&](const uint4& vector, uint32_t) {
+#pragma unroll
+    for (int i = 0; i < T::kPerVector; ++i) {
+      const uint32_t depth = bracket.highest - (T::Element(vector, i) ^ mask);
+      atomicAdd(&cta.bins[depth <= range ? depth >> bins.shift : kBins], 1u);
+      from_top = min(from_top, depth);
+      from_bottom = min(from_bottom, range - depth);
+    }
+  });
+  from_top = WarpMin(from_top);
+  from_bottom = WarpMin(from_bottom);
+  if (cta.lane == 0) {
+    atomicMin(&cta.header->ranges[0].x, from_top);
+    atomicMin(&cta.header->ranges[0].y, from_bottom);
+  }
+  SyncThreads();  // counts and distances before their reads
+  return Bracket{bracket.lowest + cta.header->ranges[0].y,
+                 bracket.highest - cta.header->ranges[0].x};
+}
+
+// Narrows a bracket that holds the `rank`-th largest element (from 1) and more than `open_limit`,
+// until it holds no more or is a single key.
+template <typename T, int kTurns>
+__device__ __forceinline__ Estimate NarrowCrowded(const Cta& cta, const ShortTile<T, kTurns>& tile,
+                                                  Estimate estimate, uint32_t rank,
+                                                  uint32_t open_limit) {
+  while (estimate.inside > open_limit && !estimate.bracket.IsSingleKey()) {
+    ClearBins(cta);
+    if (cta.thread == 0) cta.header->ranges[0] = make_uint2(~0u, ~0u);
+    SyncThreads();  // the cleared histogram and ranges before their use
+    const LinearBins bins(estimate.bracket);
+    const Bracket seen = CountInside<T>(cta, tile, estimate.bracket, bins);
+    if (seen.IsSingleKey()) {  // a plateau
+      estimate.bracket = seen;
+      break;
+    }
+    const uint32_t above = estimate.above;
+    const Bracket outer = estimate.bracket;
+    estimate =
+        FindBracket(cta, rank - above, [&](uint32_t bin) { return bins.Keys(bin, bin, outer); });
+    estimate.above += above;
+    estimate.bracket.lowest = max(estimate.bracket.lowest, seen.lowest);
+    estimate.bracket.highest = min(estimate.bracket.highest, seen.highest);
+  }
+  return estimate;
+}
+
+// A thread's bits, counted by turn, in fields that hold the sum over a warp.
 template <typename T>
 struct TurnCounts {
   static constexpr int kFieldBits = 2 * T::kPerVector;
+  static constexpr int kFields = 32 / kFieldBits;  // turns per word
   static_assert(32 * T::kPerVector < 1 << kFieldBits, "a field holds all of a warp's turn");
-  uint32_t even, odd;
+  static_assert(2 * kFields >= kMostTurns<T>, "two words hold all turns");
+  uint32_t first, second;
 
   __device__ __forceinline__ explicit TurnCounts(uint32_t bits) {
     uint32_t x = bits - (bits >> 1 & 0x55555555u);
     x = (x & 0x33333333u) + (x >> 2 & 0x33333333u);  // the sums of four bits
     if constexpr (T::kPerVector == 4) {
-      even = x & 0x0f0f0f0fu;
-      odd = x >> 4 & 0x0f0f0f0fu;
+      first = SpreadNibbles(x & 0xffffu);
+      second = SpreadNibbles(x >> 16);
     } else {
       x = (x + (x >> 4)) & 0x0f0f0f0fu;
-      even = x & 0x00ff00ffu;
-      odd = x >> 8 & 0x00ff00ffu;
+      first = SpreadBytes(x & 0xffffu);
+      second = SpreadBytes(x >> 16);
     }
   }
   __device__ __forceinline__ uint32_t Of(int turn) const {
-    return (turn % 2 == 0 ? even : odd) >> (turn / 2 * kFieldBits) & LowBits(kFieldBits);
+    return (turn < kFields ? first : second) >> (turn % kFields * kFieldBits) & LowBits(kFieldBits);
+  }
+
+ private:
+  __device__ __forceinline__ static uint32_t SpreadBytes(uint32_t x) {
+    return (x | x << 8) & 0x00ff00ffu;
+  }
+  __device__ __forceinline__ static uint32_t SpreadNibbles(uint32_t x) {
+    x = SpreadBytes(x);
+    return (x | x << 4) & 0x0f0f0f0fu;
   }
 };
 
-// Of some bits of a warp's lanes: how many come before each turn of a lane.
+// The fields of every warp's word of TurnCounts, summed: over the warps before this one and over
+// all. In words of two fields.
 template <typename T>
-struct TurnPlaces {
-  TurnCounts<T> before;  // the lane, in the same turn
-  TurnCounts<T> total;   // of a turn
+struct FieldSums {
+  static constexpr int kWords = TurnCounts<T>::kFields / 2;
+  uint32_t before[kWords], total[kWords];
 
-  __device__ __forceinline__ TurnPlaces(const Cta& cta, uint32_t bits) : before(bits), total(bits) {
-    const uint32_t even = WarpInclusiveSum(cta.lane, total.even);
-    const uint32_t odd = WarpInclusiveSum(cta.lane, total.odd);
-    before.even = even - total.even;
-    before.odd = odd - total.odd;
-    total.even = WarpBroadcast(even, 31);
-    total.odd = WarpBroadcast(odd, 31);
-  }
-
-  // Calls visit(turn, place) with the place of the lane's first bit of each turn.
-  template <typename Visit>
-  __device__ __forceinline__ void VisitTurns(int num_turns, uint32_t first, Visit visit) const {
+  // `word`: of warp `lane`; zero behind the last.
+  __device__ __forceinline__ FieldSums(const Cta& cta, uint32_t word) {
 #pragma unroll
-    for (int turn = 0; turn < T::kMaxVectors; ++turn) {
-      if (turn < num_turns) visit(turn, first + before.Of(turn));
-      first += total.Of(turn);
+    for (int i = 0; i < kWords; ++i) {
+      const uint32_t pair = kWords == 1 ? word : word >> (8 * i) & 0x00ff00ffu;
+      before[i] = WarpSum(cta.lane < cta.warp ? pair : 0);
+      total[i] = WarpSum(pair);
     }
   }
-};
+  __device__ __forceinline__ uint32_t Before(int field) const { return Field(before, field); }
+  __device__ __forceinline__ uint32_t Total(int field) const { return Field(total, field); }
 
-// What of a row is selected.
-struct ShortSelection {
-  RunMasks masks;     // against the bracket
-  bool is_only_key;   // the pivot is the only key inside the bracket
-  uint32_t pivot;     // everything greater is selected
-  uint32_t num_ties;  // elements equal to it that are selected, lowest positions first
-};
-
-// Where a warp's selected elements go.
-template <typename T>
-struct WarpPlaces {
-  uint32_t selected;    // bits of this thread's elements
-  TurnPlaces<T> turns;  // within the warp's
-  uint32_t before;      // selected elements of the warps before this one
-  uint32_t count;
-
-  // Calls emit(place, i) for the thread's selected elements, i being their number.
-  template <typename Emit>
-  __device__ __forceinline__ void VisitSelected(int num_turns, Emit emit) const {
-    turns.VisitTurns(num_turns, before, [&](int turn, uint32_t place) {
-#pragma unroll
-      for (int i = turn * T::kPerVector; i < (turn + 1) * T::kPerVector; ++i) {
-        if (selected >> i & 1) emit(place++, i);
-      }
-    });
+ private:
+  __device__ __forceinline__ static uint32_t Field(const uint32_t* words, int field) {
+    return words[field % kWords] >> (field / kWords * 16) & 0xffffu;
   }
 };
 
-// Of the bits of a warp's lanes, the `wanted` lowest by position.
-template <typename T>
-__device__ __forceinline__ uint32_t KeepFirst(const Cta& cta, uint32_t bits, int num_turns,
-                                              uint32_t wanted) {
+// The place of a thread's first bit of each turn among the bits of all threads, in ascending order
+// of position.
+template <typename T, int kTurns>
+struct TurnPlaces {
+  uint32_t of[kTurns];
+
+  // `slot` 0 and 1 alternate between calls, so that one barrier serves.
+  __device__ __forceinline__ TurnPlaces(const Cta& cta, uint32_t bits, int slot) {
+    using Counts = TurnCounts<T>;
+    constexpr bool has_second = kTurns > Counts::kFields;
+    const Counts own(bits);
+    Counts before = own;
+    before.first = WarpInclusiveSum(cta.lane, own.first);
+    if (has_second) before.second = WarpInclusiveSum(cta.lane, own.second);
+    uint2* sums = cta.header->warp_sums[slot];
+    if (cta.lane == 31) sums[cta.warp] = make_uint2(before.first, before.second);
+    before.first -= own.first;
+    before.second -= own.second;
+    SyncThreads();  // the warps' sums before their reads
+    const uint2 of_warp = cta.lane < kWarps ? sums[cta.lane] : make_uint2(0, 0);
+    uint32_t start = Place(FieldSums<T>(cta, of_warp.x), before, 0, 0);
+    if (has_second) Place(FieldSums<T>(cta, of_warp.y), before, Counts::kFields, start);
+  }
+
+ private:
+  // Fills the places of the turns of one word, of which the first begins at `start`; returns where
+  // those of the next word begin.
+  __device__ __forceinline__ uint32_t Place(const FieldSums<T>& sums, const TurnCounts<T>& before,
+                                            int first_turn, uint32_t start) {
+#pragma unroll
+    for (int field = 0; field < TurnCounts<T>::kFields; ++field) {
+      const int turn = first_turn + field;
+      if (turn >= kTurns) break;
+      of[turn] = start + sums.Before(field) + before.Of(turn);
+      start += sums.Total(field);
+    }
+    return start;
+  }
+};
+
+// Of the bits of all threads, the `wanted` lowest by position.
+template <typename T, int kTurns>
+__device__ __forceinline__ uint32_t KeepFirst(const Cta& cta, uint32_t bits, uint32_t wanted) {
+  const TurnPlaces<T, kTurns> places(cta, bits, 1);
   uint32_t kept = 0;
-  TurnPlaces<T>(cta, bits).VisitTurns(num_turns, 0, [&](int turn, uint32_t before) {
+#pragma unroll
+  for (int turn = 0; turn < kTurns; ++turn) {
     const uint32_t of_turn = bits >> (turn * T::kPerVector) & LowBits(T::kPerVector);
-    const uint32_t room = wanted > before ? wanted - before : 0;
+    const uint32_t room = wanted > places.of[turn] ? wanted - places.of[turn] : 0;
     const uint32_t count = __popc(of_turn);
     const uint32_t dropped = count > room ? count - room : 0;
     kept |= DropLastBits(of_turn, dropped) << (turn * T::kPerVector);
-  });
+  }
   return kept;
 }
 
-// One barrier, behind which the open keys are no longer needed.
+// A thread's elements that are selected.
+struct ShortSelection {
+  uint32_t greater;   // than the k-th key, as bits
+  uint32_t equal;     // to it
+  bool drops_ties;    // not all that are equal are selected
+  uint32_t num_ties;  // but so many, the lowest positions first
+};
+
+// The bits of an element in the tile in shared memory, by its number there.
 template <typename T>
-__device__ __forceinline__ WarpPlaces<T> FindPlaces(const Cta& cta, const ShortTile<T>& tile,
-                                                    const ShortSelection& selection) {
-  uint32_t greater = selection.masks.certain;
-  uint32_t equal = selection.masks.open;
-  if (!selection.is_only_key) {
-    equal = 0;
+__device__ __forceinline__ uint32_t ElementInTile(const Cta& cta, int32_t number) {
+  if constexpr (T::kBytes == 4) {
+    return reinterpret_cast<const uint32_t*>(cta.tiles)[number];
+  } else {
+    return reinterpret_cast<const uint16_t*>(cta.tiles)[number];
+  }
+}
+
+// Sorts and writes the elements at `count` positions, which lie in the second half of the room for
+// the pairs, ordered by a barrier. `skew`: number of the element at position 0.
+template <typename T>
+__device__ __forceinline__ void WriteSortedRow(Cta& cta, int32_t count, int32_t skew,
+                                               const RowOutput<T>& output) {
+  const int32_t* positions = reinterpret_cast<const int32_t*>(cta.own) + output.k;
+  const PairSink sink(cta, 0, count);
+  // Pair i lies on the positions 2 i - k and 2 i - k + 1, which come no later than its own.
 #pragma unroll 1
-    for (uint32_t open = selection.masks.open; open != 0; open &= open - 1) {
-      const uint32_t bit = open & (0 - open);
-      const uint32_t key = tile.Key(__ffs(open) - 1);
-      if (key > selection.pivot) greater |= bit;
-      if (key == selection.pivot) equal |= bit;
+  for (int32_t first = 0; first < count; first += kThreads) {
+    const int32_t i = first + cta.thread;
+    const int32_t position = i < count ? positions[i] : 0;
+    SyncThreads();  // the positions before pairs overwrite them
+    if (i < count) {
+      const uint32_t bits = ElementInTile<T>(cta, position + skew);
+      sink.Put(static_cast<uint32_t>(i), T::Key(bits, output.flip), position);
     }
   }
-  const uint32_t num_equal = WarpSum(__popc(equal));
-  const uint32_t num_kept = WarpSum(__popc(greater | equal));
-  const WarpPrefix sums = SumOverWarps(cta, make_uint2(num_kept, num_equal), 1);
-  uint32_t before = sums.before.x;
-  uint32_t count = num_kept;
-  if (Unlikely(sums.total.y > selection.num_ties)) {
-    const uint32_t ties_before = min(sums.before.y, selection.num_ties);
-    const uint32_t ties = min(num_equal, selection.num_ties - ties_before);
-    equal = KeepFirst<T>(cta, equal, tile.num_turns, ties);
-    before -= sums.before.y - ties_before;
-    count -= num_equal - ties;
-  }
-  const uint32_t selected = greater | equal;
-  return WarpPlaces<T>{selected, TurnPlaces<T>(cta, selected), before, count};
+  SortAndStore(cta, count, output);
 }
 
-// Writes the selected elements, `num_selected` in all, each warp for itself. By way of shared
-// memory: stores straight from the unrolled loop took longer, see ffi/NOTES.md.
-template <typename T>
-__device__ __forceinline__ void WriteShortRow(Cta& cta, const ShortTile<T>& tile,
-                                              const ShortSelection& selection,
-                                              uint32_t num_selected, bool is_sorted,
+// Writes the selected elements, `count` in all.
+template <typename T, int kTurns>
+__device__ __forceinline__ void WriteShortRow(Cta& cta, const ShortTile<T, kTurns>& tile,
+                                              const ShortSelection& selection, int32_t count,
+                                              int32_t skew, const TopKArgs& args,
                                               const RowOutput<T>& output) {
-  const WarpPlaces<T> places = FindPlaces(cta, tile, selection);
-  if (Unlikely(is_sorted)) {
-    const PairSink sink(cta, 0, num_selected);
-    places.VisitSelected(tile.num_turns, [&](uint32_t place, int i) {
-      sink.Put(place, tile.Key(i), tile.Position(i));
-    });
-    SortAndStore(cta, static_cast<int>(num_selected), output);
+  uint32_t bits = selection.greater | selection.equal;
+  if (Unlikely(selection.drops_ties)) {
+    bits = selection.greater | KeepFirst<T, kTurns>(cta, selection.equal, selection.num_ties);
+  }
+  const TurnPlaces<T, kTurns> places(cta, bits, 0);
+  int32_t* positions = reinterpret_cast<int32_t*>(cta.own) + (args.is_sorted ? args.k : 0);
+#pragma unroll
+  for (int turn = 0; turn < kTurns; ++turn) {
+    SharedCursor cursor(positions + places.of[turn]);
+#pragma unroll
+    for (int i = turn * T::kPerVector; i < (turn + 1) * T::kPerVector; ++i) {
+      cursor.AppendIf(bits & 1u << i, tile.Position(i));
+    }
+  }
+  SyncThreads();  // the staged output before its reads
+  if (Unlikely(args.is_sorted)) {
+    WriteSortedRow<T>(cta, count, skew, output);
     return;
   }
-  int32_t* positions = reinterpret_cast<int32_t*>(cta.own);
-  places.VisitSelected(tile.num_turns,
-                       [&](uint32_t place, int i) { positions[place] = tile.Position(i); });
-  SyncWarp();  // the warp's staged output before its reads
-  const uint32_t end = places.before + places.count;
-#pragma unroll 1
-  for (uint32_t place = places.before + cta.lane; place < end; place += 32) {
-    output.indices[place] = positions[place];
-  }
+  StoreIndices(positions, output.indices, count);
   if (!Unlikely(output.values != nullptr)) return;
-  uint32_t* keys = reinterpret_cast<uint32_t*>(cta.own) + output.k;
-  places.VisitSelected(tile.num_turns, [&](uint32_t place, int i) { keys[place] = tile.Key(i); });
-  SyncWarp();  // the warp's staged keys before their reads
 #pragma unroll 1
-  for (uint32_t place = places.before + cta.lane; place < end; place += 32) {
-    output.StoreBits(static_cast<int32_t>(place), T::Bits(keys[place], output.flip));
+  for (int32_t i = cta.thread; i < count; i += kThreads) {
+    output.StoreBits(i, ElementInTile<T>(cta, positions[i] + skew));
   }
 }
 
-template <typename T>
+// What is selected of a row of more than k elements.
+template <typename T, int kTurns>
+__device__ __forceinline__ ShortSelection SelectElements(Cta& cta, const TopKArgs& args,
+                                                         const ShortTile<T, kTurns>& tile) {
+  const uint32_t k = static_cast<uint32_t>(args.k);
+  const uint32_t coarse_flip = CoarseFlip(tile.flip);
+  tile.VisitAll([&](const uint4& vector, uint32_t valid) {
+    CountCoarse<T>(cta, vector, valid, coarse_flip);
+  });
+  SyncThreads();  // counts before the search
+  Estimate estimate = FindBracket(cta, k, [](uint32_t bin) {
+    return Bracket{CoarseLowestKey<T>(bin),
+                   bin == 0 ? T::kMaxKey : CoarseLowestKey<T>(bin - 1) - 1};
+  });
+  const uint32_t open_limit = min(kMaxDirect, static_cast<uint32_t>(args.list_capacity));
+  if (Unlikely(estimate.inside > open_limit)) {
+    estimate = NarrowCrowded(cta, tile, estimate, k, open_limit);
+  }
+  const uint32_t rank = k - estimate.above;
+  const RunMasks masks = tile.MasksOf(estimate.bracket);
+  ShortSelection selection{masks.certain, masks.open, estimate.inside > rank, rank};
+  uint32_t pivot_key = estimate.bracket.lowest;
+  if (!Unlikely(estimate.bracket.IsSingleKey())) {
+    uint32_t* own = reinterpret_cast<uint32_t*>(cta.own);
+    PadOpenKeys(cta, estimate.inside);
+#pragma unroll 1
+    for (uint32_t open = masks.open; open != 0; open &= open - 1) {
+      own[atomicAdd(&cta.header->num_own, 1u)] = tile.Key(__ffs(open) - 1);
+    }
+    SyncThreads();  // the open keys before their reads
+    const Candidates candidates{own, PadToVector(estimate.inside), 0};
+    const DirectPivot pivot = candidates.count <= kMaxInEveryWarp
+                                  ? RankInEveryWarp(cta, candidates, rank)
+                                  : RankDirectly(cta, candidates, rank);
+    pivot_key = pivot.key;
+    selection = ShortSelection{masks.certain, 0, pivot.num_equal > pivot.num_ties, pivot.num_ties};
+#pragma unroll 1
+    for (uint32_t open = masks.open; open != 0; open &= open - 1) {
+      const uint32_t bit = open & (0 - open);
+      const uint32_t key = tile.Key(__ffs(open) - 1);
+      if (key > pivot.key) selection.greater |= bit;
+      if (key == pivot.key) selection.equal |= bit;
+    }
+  }
+  // What lies outside the window has the lowest key, too.
+  if (Unlikely(selection.drops_ties && pivot_key == 0)) {
+    selection.equal &= ValidElements<T>(tile.position, tile.length);
+  }
+  return selection;
+}
+
+// Selects from a row that a tile of kTurns turns holds.
+template <typename T, int kTurns>
 __device__ __forceinline__ void SelectShortRow(Cta& cta, const TopKArgs& args,
                                                const RowWindow& window,
                                                const RowOutput<T>& output) {
-  ShortTile<T> tile(cta, window, output.flip);
+  ShortTile<T, kTurns> tile(cta, window, output.flip);
   PlaceCandidates(cta, args, /*has_list=*/false);
   SyncThreads();  // the cleared histogram before its use
-  tile.Load();
-  const uint32_t k = static_cast<uint32_t>(args.k);
-  if (Unlikely(window.length <= args.k)) {
-    const uint32_t length = static_cast<uint32_t>(window.length);
-    const ShortSelection all{RunMasks{0, tile.valid}, true, 0, length};
-    WriteShortRow(cta, tile, all, length, args.is_sorted, output);
-    PadRow(output, window.length);
-    return;
+  tile.Settle(cta, window);
+  const bool selects_all = window.length <= args.k;
+  ShortSelection selection;
+  if (Unlikely(selects_all)) {
+    selection = ShortSelection{ValidElements<T>(tile.position, tile.length), 0, false, 0};
+  } else {
+    selection = SelectElements(cta, args, tile);
   }
-  const BracketGoal goal = ExactGoal(k, min(kMaxDirect, static_cast<uint32_t>(args.list_capacity)));
-  const Estimate estimate = EstimateBracket<T>(
-      cta, goal, output.flip, [&](auto visit) { tile.VisitAll(visit); },
-      [&](auto visit) { tile.VisitAgain(visit); });
-  const Bracket& bracket = estimate.bracket;
-  const uint32_t rank = k - estimate.above;
-  ShortSelection selection{tile.MasksOf(bracket), bracket.IsSingleKey(), bracket.lowest, rank};
-  if (!selection.is_only_key) {
-    tile.CollectOpenKeys(cta, selection.masks.open, estimate.inside);
-    SyncThreads();  // the open keys before their reads
-    const Candidates candidates{reinterpret_cast<const uint32_t*>(cta.own),
-                                PadToVector(estimate.inside), 0};
-    const Pivot pivot = FindPivot(cta, candidates, bracket, rank);
-    selection.pivot = pivot.key;
-    selection.num_ties = pivot.num_ties;
-  }
-  WriteShortRow(cta, tile, selection, k, args.is_sorted, output);
+  WriteShortRow(cta, tile, selection, min(window.length, args.k), window.skew, args, output);
+  if (Unlikely(selects_all)) PadRow(output, window.length);
 }
 
 }  // namespace jax_topk

@@ -51,7 +51,7 @@ struct RowOutput {
 
 // Fills the places from `first` on: fewer than k valid elements.
 template <typename T>
-__device__ __forceinline__ void PadRow(const RowOutput<T> output, int32_t first) {
+__device__ __noinline__ void PadRow(const RowOutput<T> output, int32_t first) {
   for (int32_t place = first + ThreadIndex(); place < output.k; place += kThreads) {
     output.indices[place] = -1;
     if (output.values != nullptr) {
@@ -92,6 +92,19 @@ __device__ __forceinline__ void CopyIndices(int32_t length, int32_t* indices, in
   for (int32_t i = 4 * num_quads + ThreadIndex(); i < k; i += kThreads) {
     indices[i] = i < length ? i : -1;
   }
+}
+
+// Stores staged indices, from vectors in shared memory, four at a time where the output allows it.
+__device__ __forceinline__ void StoreIndices(const int32_t* staged, int32_t* indices,
+                                             int32_t count) {
+  const int32_t num_quads =
+      reinterpret_cast<uintptr_t>(indices) % sizeof(int4) == 0 ? count / 4 : 0;
+#pragma unroll 1
+  for (int32_t quad = ThreadIndex(); quad < num_quads; quad += kThreads) {
+    reinterpret_cast<int4*>(indices)[quad] = reinterpret_cast<const int4*>(staged)[quad];
+  }
+#pragma unroll 1
+  for (int32_t i = 4 * num_quads + ThreadIndex(); i < count; i += kThreads) indices[i] = staged[i];
 }
 
 // What of the row is selected, as seen by one CTA.

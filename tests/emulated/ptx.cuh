@@ -22,6 +22,7 @@
 
 #define __device__
 #define __forceinline__ inline
+#define __noinline__ inline
 
 struct uint2 {
   uint32_t x, y;
@@ -115,6 +116,15 @@ inline uint32_t AddMaxHalves(uint32_t a, uint32_t b, uint32_t c) {
 inline uint32_t MinHalves(uint32_t a, uint32_t b) {
   return OnHalves(a, b, 0, [](int x, int y, int) { return x < y ? x : y; });
 }
+struct SharedCursor {
+  int32_t* place;
+  explicit SharedCursor(int32_t* first) : place(first) {}
+  void AppendIf(uint32_t condition, int32_t value) {
+    if (condition != 0) *place++ = value;
+  }
+};
+template <typename V>
+void ComputeHere(V*&) {}
 inline uint32_t AppendCarry(uint32_t bits, uint32_t a, uint32_t b) {
   return 2 * bits + (a + b < a);
 }
@@ -137,6 +147,11 @@ inline void SendAsync(uint32_t remote, uint4 value, uint32_t remote_barrier) {
 // The values that all lanes of the calling thread's warp deposited; all 32 lanes must call.
 const uint32_t* WarpExchange(uint32_t value);
 inline uint32_t WarpBroadcast(uint32_t value, int lane) { return WarpExchange(value)[lane & 31]; }
+inline uint32_t WarpShiftUp(uint32_t value, int delta);
+inline uint32_t WarpAddShifted(int lane, uint32_t value, int delta) {
+  const uint32_t other = WarpShiftUp(value, delta);
+  return lane >= delta ? value + other : value;
+}
 inline uint32_t WarpShiftUp(uint32_t value, int delta) {
   const uint32_t* lanes = WarpExchange(value);
   const int lane = ThreadIndex() & 31;
