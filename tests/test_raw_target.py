@@ -43,9 +43,7 @@ def test_arbitrary_shapes_types_and_attributes(tmp_path):
     assert len(rules & ends.keys()) >= 5, ends
 
 
-def call(
-    device, operand, starts, lengths, k, *, values=None, indices=None, times=1, **attributes
-):
+def call(device, operand, starts, lengths, k, *, values=None, indices=None, times=1, **attributes):
     """One call of a target on a device, with values or, if `values` is None, without.
 
     `lengths` or an attribute that is None is left out; `times` is how often indices are asked for.

@@ -93,7 +93,7 @@ def record(
 
     start = time.perf_counter()
     lowered = decode.lower(params, jnp.asarray(tokens), jnp.asarray(lengths))
-    # Two programs are compared bit for bit. On a GPU XLA would time algorithms for each of them, and
+    # Two programs are compared bit for bit. On a GPU XLA would time algorithms for each of them and
     # not always choose the same.
     (device,) = params["norm"].devices()
     compiled = lowered.compile(options_without_autotuning(device))
