@@ -17,9 +17,9 @@ namespace ffi = xla::ffi;
 
 using Dimensions = ffi::AnyBuffer::Dimensions;
 
-// The parts of a sentence as text. Numbers do not go through a stream: in a process with JAX's CUDA
-// plugin (jax 0.11.2) every message with a number in it ended in a segmentation fault, and none
-// without one.
+// The parts of a sentence as text. Numbers do not go through a stream: on machines with JAX's CUDA
+// plugin (jax 0.11.2, g++ 13) every message that wrote a number to one ended in a segmentation
+// fault, with either target, and none that did not.
 inline std::string ToText(const char* text) { return text; }
 inline std::string ToText(const std::string& text) { return text; }
 inline std::string ToText(int64_t number) { return std::to_string(number); }
@@ -40,6 +40,53 @@ inline std::string ToText(Dimensions dimensions) {
 template <typename... Parts>
 ffi::Error Invalid(const Parts&... parts) {
   return ffi::Error::InvalidArgument((std::string("jax_topk: ") + ... + ToText(parts)));
+}
+
+// What is wrong with the numbers of operands, results and attributes of a call, or "".
+inline std::string CountProblem(const XLA_FFI_CallFrame& frame, int64_t num_results) {
+  constexpr int64_t kNumOperands = 3, kNumAttributes = 3;
+  const auto sentence = [](int64_t number, const char* what, int64_t wanted, const char* names) {
+    return "the call has " + std::to_string(number) + " " + what + (number == 1 ? "" : "s") +
+           "; the target takes " + std::to_string(wanted) + ": " + names;
+  };
+  if (frame.args.size != kNumOperands) {
+    return sentence(frame.args.size, "operand", kNumOperands, "operand, starts, lengths");
+  }
+  if (frame.rets.size != num_results) {
+    return sentence(frame.rets.size, "result", num_results,
+                    num_results == 1 ? "indices" : "values, indices");
+  }
+  if (frame.attrs.size != kNumAttributes) {
+    std::string text =
+        sentence(frame.attrs.size, "attribute", kNumAttributes, "plan, smallest, sorted");
+    for (int64_t i = 0; i < frame.attrs.size; ++i) {
+      const XLA_FFI_ByteSpan& name = *frame.attrs.names[i];
+      text += (i == 0 ? "; it has " : ", ") + std::string(name.ptr, name.len);
+    }
+    return text;
+  }
+  return "";
+}
+
+// The entry point of `handler`. XLA's header checks the counts too, but it would write them to a
+// stream. Costs three comparisons.
+template <XLA_FFI_Handler* handler, int64_t num_results>
+XLA_FFI_Error* WithCountsChecked(XLA_FFI_CallFrame* frame) {
+  // When a target is registered, XLA asks for its traits by a frame without operands.
+  const bool is_call = frame->extension_start == nullptr ||
+                       frame->extension_start->type != XLA_FFI_Extension_Metadata;
+  if (is_call) {
+    const std::string problem = CountProblem(*frame, num_results);
+    if (!problem.empty()) {
+      const std::string message = "jax_topk: " + problem;
+      XLA_FFI_Error_Create_Args error{};
+      error.struct_size = XLA_FFI_Error_Create_Args_STRUCT_SIZE;
+      error.message = message.c_str();
+      error.errc = XLA_FFI_Error_Code_INVALID_ARGUMENT;
+      return frame->api->XLA_FFI_Error_Create(&error);
+    }
+  }
+  return handler(frame);
 }
 
 // Whether `dimensions` is `batch` followed by `last`, if there is a last.

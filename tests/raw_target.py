@@ -110,8 +110,14 @@ def calls(draw: st.DrawFn) -> Call:
 def what_is_wrong(call: Call) -> str | None:
     """What the error must say: `""` for XLA's own sentence, None for a call that is right."""
     has_values = call.target == _native.TARGET_VALUES_INDICES
-    if len(call.operands) != 3 or len(call.results) != 1 + has_values:
-        return ""
+    results = "2: values, indices" if has_values else "1: indices"
+    for name, number, wanted in (
+        ("operand", len(call.operands), "3: operand, starts, lengths"),
+        ("result", len(call.results), results),
+        ("attribute", len(call.attributes), "3: plan, smallest, sorted"),
+    ):
+        if number != int(wanted[0]):
+            return f"the call has {number} {name}{'s' * (number != 1)}; the target takes {wanted}"
     operand, starts, lengths = call.operands
     values, indices = call.results[0], call.results[-1]
     if {starts.dtype, lengths.dtype, indices.dtype} != {INT32}:

@@ -3,6 +3,7 @@
 """The sparse attention example: its serving benchmark, at sizes that any machine serves."""
 
 import dataclasses
+import functools
 import json
 import pathlib
 
@@ -12,6 +13,17 @@ import pytest
 
 from examples.sparse_attention import selection, serve, serve_programs, serve_report
 from examples.sparse_attention.config import CONFIGS
+
+
+@pytest.fixture(autouse=True)
+def without_autotuning(monkeypatch):
+    """Tokens of different programs are compared; the command names this option where they differ.
+
+    On a GPU XLA would time algorithms for each program, and not always choose the same.
+    """
+    options = {"xla_gpu_autotune_level": 0}
+    monkeypatch.setattr(serve, "Compiler", functools.partial(serve.Compiler, options=options))
+
 
 SMALL = ["--batch", "2", "--input-len", "70", "--output-len", "3", "--waves", "2"]
 

@@ -12,7 +12,7 @@ import pytest
 from runners import device_of
 from test_example_model import PLAIN, layer_and_input, random_weights
 
-from examples.sparse_attention import model, selection, training
+from examples.sparse_attention import compiling, model, selection, training
 
 optax = pytest.importorskip("optax", reason="the demonstrations need the 'examples' extra")
 
@@ -32,6 +32,12 @@ select_random = selection.select_random(jax.random.key(0))
 
 class TestBlock:
     """The differentiable block against the block that decodes."""
+
+    @pytest.fixture(autouse=True)
+    def _on_cpu(self):
+        """Different programs that have to select the same sets, see test_example_model."""
+        with jax.default_device(jax.devices("cpu")[0]):
+            yield
 
     @pytest.mark.parametrize(
         ("read", "select"),
@@ -113,10 +119,12 @@ class TestBlock:
 
 
 def decode(params, episodes, select):
-    """`recall.evaluate`, its program compiled before."""
-    return recall.evaluate(
-        recall.decode.lower(params, episodes, select).compile(), params, episodes
+    """`recall.evaluate`, its program compiled before, as the command does."""
+    (device,) = episodes.keys.devices()
+    compiled = recall.decode.lower(params, episodes, select).compile(
+        compiling.options_without_autotuning(device)
     )
+    return recall.evaluate(compiled, params, episodes)
 
 
 class TestRecall:

@@ -49,9 +49,15 @@ def leave_no_trace():
     jax.clear_caches()
 
 
-def text_of(function, *arguments):
+@pytest.fixture(autouse=True)
+def on_cpu():
+    """The rule for CPUs is looked at here, that for GPUs in test_cuda."""
     with jax.default_device(jax.devices("cpu")[0]):
-        return jax.jit(lambda *a: function(*a)).lower(*arguments).as_text()
+        yield
+
+
+def text_of(function, *arguments):
+    return jax.jit(lambda *a: function(*a)).lower(*arguments).as_text()
 
 
 X = np.random.default_rng(0).normal(size=(4, 50)).astype(np.float32)
@@ -116,7 +122,8 @@ def test_threads():
             for width in range(20, 30):
                 x = np.random.default_rng(seed).normal(size=(3, width + 10 * seed))
                 x = x.astype(np.float32)
-                values, indices = lax.top_k(x, 4)
+                # A thread does not inherit the default device.
+                values, indices = lax.top_k(jax.device_put(x, jax.devices("cpu")[0]), 4)
                 wanted = np.argsort(-x, axis=1, kind="stable")[:, :4]
                 assert_same(np.asarray(indices), wanted.astype(np.int32))
                 assert_same(np.asarray(values), np.take_along_axis(x, wanted, 1))
@@ -140,12 +147,10 @@ def test_threads():
 
 def under_both(function, *arguments):
     """Runs a function with JAX's own lowering and with ours, each compiled anew."""
-    device = jax.devices("cpu")[0]
-    with jax.default_device(device):
-        theirs = jax.tree.map(np.asarray, jax.jit(lambda *a: function(*a))(*arguments))
-        with jax_topk.installed():
-            assert TARGET in jax.jit(lambda *a: function(*a)).lower(*arguments).as_text()
-            ours = jax.tree.map(np.asarray, jax.jit(lambda *a: function(*a))(*arguments))
+    theirs = jax.tree.map(np.asarray, jax.jit(lambda *a: function(*a))(*arguments))
+    with jax_topk.installed():
+        assert TARGET in text_of(function, *arguments)
+        ours = jax.tree.map(np.asarray, jax.jit(lambda *a: function(*a))(*arguments))
     assert jax.tree.structure(ours) == jax.tree.structure(theirs)
     for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True):
         assert_same(a, b)
@@ -240,7 +245,7 @@ def test_functions_of_jax_that_call_it_in_other_modes(mode):
     }
     x = np.random.default_rng(8).integers(-9, 9, (5, 40)).astype(np.float32)
     for name in ("partition", "argpartition_axis", "choice", "categorical_axis"):
-        with jax.default_device(jax.devices("cpu")[0]), contexts[mode]():
+        with contexts[mode]():
             theirs = CALLERS[name](x)
             jax.clear_caches()
             with jax_topk.installed():
@@ -271,7 +276,6 @@ def test_several_platforms_at_once(dtype):
     assert "top_k" in text.replace(TARGET, "")
     is_served = dtype == np.float32 or (dtype == jnp.bfloat16 and _native.CUDA.is_available)
     assert (f"@{TARGET}(" in text) == is_served
-    x = jax.device_put(x, jax.devices("cpu")[0])
     for ours in exported.call(x):
         for a, b in zip(ours, lax.top_k(x, 5), strict=True):
             assert_same(np.asarray(a), np.asarray(b))

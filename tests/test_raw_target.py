@@ -43,15 +43,20 @@ def test_arbitrary_shapes_types_and_attributes(tmp_path):
     assert len(rules & ends.keys()) >= 5, ends
 
 
-def call(device, operand, starts, lengths, k, *, values=None, indices=None, **attributes):
-    """One call of a target on a device, with values or, if `values` is None, without."""
+def call(device, operand, starts, lengths, k, *, values=None, indices=None, times=1, **attributes):
+    """One call of a target on a device, with values or, if `values` is None, without.
+
+    `lengths` or an attribute that is None is left out; `times` is how often indices are asked for.
+    """
     target = _native.TARGET_INDICES if values is None else _native.TARGET_VALUES_INDICES
     results = [] if values is None else [jax.ShapeDtypeStruct(*values)]
-    results.append(jax.ShapeDtypeStruct(*(indices or ((*operand.shape[:-1], k), np.int32))))
+    results += [jax.ShapeDtypeStruct(*(indices or ((*operand.shape[:-1], k), np.int32)))] * times
     attributes = {"smallest": False, "sorted": False, "plan": "", **attributes}
+    attributes = {name: value for name, value in attributes.items() if value is not None}
+    operands = (operand, starts) if lengths is None else (operand, starts, lengths)
     with jax.default_device(device):
         function = jax.ffi.ffi_call(target, results)
-        return jax.jit(lambda *a: function(*a, **attributes))(operand, starts, lengths)
+        return jax.jit(lambda *a: function(*a, **attributes))(*operands)
 
 
 X, COUNTS = np.ones((3, 10), np.float32), np.zeros(3, np.int32)
@@ -75,7 +80,23 @@ ERRORS = [
     ({"values": ((3, 3), np.float32)}, r"values has shape \[3, 3\]; it must be \[3, 2\], as"),
     ({"smallest": np.int32(1)}, "Wrong scalar data type: expected PRED but got S32"),
     ({"plan": True}, "Wrong attribute type"),
-    ({"more": True}, "Wrong number of attributes: expected 3 but got 4"),
+    ({"lengths": None}, "the call has 2 operands; the target takes 3: operand, starts, lengths"),
+    ({"times": 2}, "the call has 2 results; the target takes 1: indices"),
+    (
+        {"values": ((3, 2), np.float32), "times": 2},
+        "the call has 3 results; the target takes 2: values, indices",
+    ),
+    (
+        {"values": ((3, 2), np.float32), "times": 0},
+        "the call has 1 result; the target takes 2: values, indices",
+    ),
+    (
+        {"more": True},
+        "the call has 4 attributes; the target takes 3: plan, smallest, sorted;"
+        " it has more, plan, smallest, sorted",
+    ),
+    ({"plan": None}, "the call has 2 attributes; .*; it has smallest, sorted"),
+    ({"plan": None, "more": True}, "Attribute name mismatch"),
 ]
 
 
@@ -90,16 +111,11 @@ def test_every_error_of_the_handlers_says_what_is_wrong(arguments, message):
     check_error("cpu", arguments, message)
 
 
-# XLA's header writes this message's numbers to a stream, see ToText in `ffi/handler_checks.h`. The
-# lowering passes the three attributes that there are.
-CUDA_ERRORS = [error for error in ERRORS if "number of attributes" not in error[1]]
-
-
 @pytest.mark.gpu
-@pytest.mark.parametrize("number", range(len(CUDA_ERRORS)), ids=[text for _, text in CUDA_ERRORS])
+@pytest.mark.parametrize("number", range(len(ERRORS)), ids=[text for _, text in ERRORS])
 def test_every_error_of_the_cuda_handlers_says_what_is_wrong(number):
     """In processes of their own, so that a crash is one failure."""
-    code = f"import test_raw_target as t; t.check_error('cuda', *t.CUDA_ERRORS[{number}])"
+    code = f"import test_raw_target as t; t.check_error('cuda', *t.ERRORS[{number}])"
     result = subprocess.run(
         [sys.executable, "-c", code],
         env={**os.environ, "PYTHONPATH": f"{TESTS}{os.pathsep}{TESTS.parent}"},

@@ -64,18 +64,19 @@ Step = Callable[[model.Params, list[model.Cache], Array, Array], Any]
 
 
 def cache_spec() -> Any:
-    """How a cache `[B, n, ...]` lies on the mesh: positions sharded, all else replicated.
-
-    A `model.Cache` of partition specs.
-    """
+    """How a cache `[B, n, ...]` lies on the mesh, positions sharded: a `model.Cache` of specs."""
     block: Any = jax.P(None, AXIS)
-    return model.Cache(latents=block, index_keys=block, index_scales=block, recent=jax.P())  # type: ignore[arg-type]
+    return model.Cache(latents=block, index_keys=block, index_scales=block, recent=None)  # type: ignore[arg-type]
 
 
 def init_caches(
     config: Config, width: int, batch: int, mesh: jax.sharding.Mesh
 ) -> list[model.Cache]:
     """Empty caches of `width` positions in all, each device's block made where it will live.
+
+    Their `recent` is None: without compression there is no ring. The model's array without elements
+    would do, but XLA's compiler of jax 0.11.2 (not of 0.10 or 0.12) ends in a segmentation fault
+    when an array without elements goes into and out of a `shard_map` beside another one.
 
     Args:
         config: sizes, without compression.
@@ -95,8 +96,12 @@ def init_caches(
     places = jax.tree.map(
         lambda spec: jax.NamedSharding(mesh, spec), [cache_spec()] * config.num_layers
     )
-    make = jax.jit(lambda: model.init_caches(config, width, batch), out_shardings=places)
-    return make()
+
+    def make() -> list[model.Cache]:
+        caches = model.init_caches(config, width, batch)
+        return [cache._replace(recent=None) for cache in caches]  # type: ignore[arg-type]
+
+    return jax.jit(make, out_shardings=places)()
 
 
 def own_slots(positions: Array, block: int) -> Array:

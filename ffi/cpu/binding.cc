@@ -4,7 +4,6 @@
 #include <exception>
 #include <functional>
 #include <new>
-#include <sstream>
 #include <string>
 #include <string_view>
 #include <thread>
@@ -141,10 +140,14 @@ void Select(uint64_t operand, uint64_t starts, uint64_t lengths, uint64_t values
   RunTopK(args, executor);
 }
 
+nb::capsule HandlerCapsule(XLA_FFI_Handler* handler) {
+  return nb::capsule(reinterpret_cast<void*>(handler));
+}
+
 nb::dict Registrations() {
   nb::dict handlers;
-  handlers["jax_topk_v1_values_indices"] = nb::capsule(reinterpret_cast<void*>(kValuesIndices));
-  handlers["jax_topk_v1_indices"] = nb::capsule(reinterpret_cast<void*>(kIndices));
+  handlers["jax_topk_v1_values_indices"] = HandlerCapsule(&WithCountsChecked<kValuesIndices, 2>);
+  handlers["jax_topk_v1_indices"] = HandlerCapsule(&WithCountsChecked<kIndices, 1>);
   return handlers;
 }
 

@@ -208,8 +208,9 @@ NB_MODULE(_cuda, module) {
       "registrations",
       [] {
         nb::dict result;
-        result["jax_topk_v1_values_indices"] = HandlerCapsule(kValuesAndIndices);
-        result["jax_topk_v1_indices"] = HandlerCapsule(kIndices);
+        result["jax_topk_v1_values_indices"] =
+            HandlerCapsule(&WithCountsChecked<kValuesAndIndices, 2>);
+        result["jax_topk_v1_indices"] = HandlerCapsule(&WithCountsChecked<kIndices, 1>);
         return result;
       },
       "FFI handlers by target name, for jax.ffi.register_ffi_target on platform CUDA.");
