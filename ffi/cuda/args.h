@@ -26,7 +26,8 @@ struct TopKArgs {
   bool is_sorted;  // best first; otherwise ascending index
   int32_t path;    // Path
   int32_t cluster_size;
-  int32_t cluster_mask;         // cluster_size - 1 if that is a power of two, else 0
+  int32_t cluster_mask;  // cluster_size - 1 if that is a power of two, else 0
+  int32_t server_shift;  // 2^server_shift rows in succession have CTAs of the same rank at work
   uint64_t cluster_reciprocal;  // 2^32 / cluster_size, rounded up
   int32_t num_stages;
   int32_t part_vectors;  // fewest vectors per CTA of a row that several share
@@ -54,6 +55,8 @@ inline TopKArgs MakeArgs(const Problem& problem, const LaunchPlan& plan, bool is
   args.cluster_size = plan.cluster_size;
   args.cluster_mask =
       (plan.cluster_size & (plan.cluster_size - 1)) == 0 ? plan.cluster_size - 1 : 0;
+  // Of pairs, about as many as a device has places for lie alike, of larger clusters neighbours.
+  args.server_shift = plan.cluster_size == 2 ? 6 : 0;
   args.cluster_reciprocal =
       ((uint64_t{1} << 32) + static_cast<uint64_t>(plan.cluster_size) - 1) / plan.cluster_size;
   args.num_stages = plan.num_stages;

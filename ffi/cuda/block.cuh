@@ -148,6 +148,37 @@ __device__ __forceinline__ void ClearBins(const Cta& cta) {
   }
 }
 
+// A thread's bins: as many counts, in registers.
+struct BinCounts {
+  uint32_t of[kBinsPerThread] = {};
+  uint32_t sum = 0;
+
+  __device__ __forceinline__ BinCounts() {}
+  // The thread's share of a histogram.
+  __device__ __forceinline__ explicit BinCounts(const uint4* own_bins) {
+#pragma unroll
+    for (int i = 0; i < kBinsPerThread / 4; ++i) {
+      const uint4 bins = LoadShared(own_bins + i);
+      of[4 * i] = bins.x;
+      of[4 * i + 1] = bins.y;
+      of[4 * i + 2] = bins.z;
+      of[4 * i + 3] = bins.w;
+      sum += bins.x + bins.y + bins.z + bins.w;
+    }
+  }
+  // The bin, from 0, that holds element `inner` < sum of them, from 0.
+  __device__ __forceinline__ RankBin Find(uint32_t inner) const {
+    RankBin found{0, 0, of[0]};
+    uint32_t reached = of[0];
+#pragma unroll
+    for (int i = 1; i < kBinsPerThread; ++i) {
+      if (inner >= reached) found = RankBin{static_cast<uint32_t>(i), reached, of[i]};
+      reached += of[i];
+    }
+    return found;
+  }
+};
+
 // Finds the bins that hold two ranks (1-based, from the top; clamped to 1 .. total). In: complete
 // counts, bin 0 at the top, ordered by a barrier, not all zero. Out: the bins, known to all
 // threads; the histogram is zero again. Returns the total. Two barriers.
@@ -159,21 +190,14 @@ __device__ __forceinline__ uint32_t FindRankBins(Cta& cta, uint32_t first_rank,
                                                  RankBin* second) {
   constexpr int kSearchWarps = kBinThreads / 32;
   uint32_t* totals = cta.header->bin_totals;
-  uint32_t counts[kBinsPerThread] = {};
-  uint32_t sum = 0, warp_total = 0;
+  BinCounts counts;
+  uint32_t warp_total = 0;
   if (cta.warp < kSearchWarps) {
+    uint4* own_bins = reinterpret_cast<uint4*>(cta.bins) + kBinsPerThread / 4 * cta.thread;
+    counts = BinCounts(own_bins);
 #pragma unroll
-    for (int i = 0; i < kBinsPerThread / 4; ++i) {
-      uint4* own_bins = reinterpret_cast<uint4*>(cta.bins) + kBinsPerThread / 4 * cta.thread + i;
-      const uint4 bins = *own_bins;
-      *own_bins = make_uint4(0, 0, 0, 0);
-      counts[4 * i] = bins.x;
-      counts[4 * i + 1] = bins.y;
-      counts[4 * i + 2] = bins.z;
-      counts[4 * i + 3] = bins.w;
-      sum += bins.x + bins.y + bins.z + bins.w;
-    }
-    warp_total = WarpSum(sum);
+    for (int i = 0; i < kBinsPerThread / 4; ++i) own_bins[i] = make_uint4(0, 0, 0, 0);
+    warp_total = WarpSum(counts.sum);
     if (cta.lane == 0) totals[cta.warp] = warp_total;
   }
   SyncThreads();  // totals before their reads
@@ -185,23 +209,16 @@ __device__ __forceinline__ uint32_t FindRankBins(Cta& cta, uint32_t first_rank,
     const uint32_t second_inner = max(min(second_rank, total), 1u) - 1 - warp_before;
     // Unsigned: ranks before this warp are as wrong as those behind it.
     if (first_inner < warp_total || second_inner < warp_total) {
-      const uint32_t before = WarpInclusiveSum(cta.lane, sum) - sum;
+      const uint32_t before = WarpInclusiveSum(cta.lane, counts.sum) - counts.sum;
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
-        const uint32_t inner = (i == 0 ? first_inner : second_inner) - before;
-        if (inner >= sum || (i == 0 ? first_inner : second_inner) >= warp_total) continue;
-        uint32_t reached = counts[0], slot = 0, slot_before = 0, inside = counts[0];
-#pragma unroll
-        for (int j = 1; j < kBinsPerThread; ++j) {
-          if (inner >= reached) {
-            slot = j;
-            slot_before = reached;
-            inside = counts[j];
-          }
-          reached += counts[j];
-        }
-        cta.header->found[i] = make_uint4(kBinsPerThread * static_cast<uint32_t>(cta.thread) + slot,
-                                          warp_before + before + slot_before, inside, 0);
+        const uint32_t in_warp = i == 0 ? first_inner : second_inner;
+        const uint32_t inner = in_warp - before;
+        if (inner >= counts.sum || in_warp >= warp_total) continue;
+        const RankBin own = counts.Find(inner);
+        cta.header->found[i] =
+            make_uint4(kBinsPerThread * static_cast<uint32_t>(cta.thread) + own.bin,
+                       warp_before + before + own.above, own.inside, 0);
       }
     }
   }

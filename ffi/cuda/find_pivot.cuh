@@ -38,46 +38,47 @@ static_assert(kPivotBins == 32 * kBinsPerThread, "a warp holds all bins");
 // Finds the bin of a rank (1-based, from the top) in every warp alike. In: complete counts of
 // kPivotBins bins, ordered by a barrier.
 __device__ __forceinline__ RankBin FindRankBinInWarp(const Cta& cta, uint32_t rank) {
-  const uint4* own_bins = reinterpret_cast<const uint4*>(cta.bins) + kBinsPerThread / 4 * cta.lane;
-  const uint4 low = LoadShared(own_bins);
-  const uint4 high = LoadShared(own_bins + 1);
-  const uint32_t counts[kBinsPerThread] = {low.x,  low.y,  low.z,  low.w,
-                                           high.x, high.y, high.z, high.w};
-  const uint32_t sum = low.x + low.y + low.z + low.w + high.x + high.y + high.z + high.w;
-  const uint32_t before = WarpInclusiveSum(cta.lane, sum) - sum;
+  const BinCounts counts(reinterpret_cast<const uint4*>(cta.bins) + kBinsPerThread / 4 * cta.lane);
+  const uint32_t before = WarpInclusiveSum(cta.lane, counts.sum) - counts.sum;
   const uint32_t inner = rank - 1 - before;
-  const int source = __ffs(WarpBallot(inner < sum)) - 1;
-  RankBin found{0, 0, counts[0]};
-  uint32_t reached = counts[0];
-#pragma unroll
-  for (int j = 1; j < kBinsPerThread; ++j) {
-    if (inner >= reached) found = RankBin{static_cast<uint32_t>(j), reached, counts[j]};
-    reached += counts[j];
-  }
+  const int source = __ffs(WarpBallot(inner < counts.sum)) - 1;
+  RankBin found = counts.Find(inner);
   found.bin = WarpBroadcast(found.bin, source) + kBinsPerThread * source;
   found.above = WarpBroadcast(before + found.above, source);
   found.inside = WarpBroadcast(found.inside, source);
   return found;
 }
 
+// How many of the first `num` keys are greater than a key, and how many are not smaller. `keys`:
+// whole vectors.
+struct KeysAhead {
+  uint32_t greater = 0, reached = 0;
+
+  __device__ __forceinline__ KeysAhead(const uint32_t* keys, uint32_t num, uint32_t key) {
+#pragma unroll 1
+    for (uint32_t first = 0; first < num; first += 4) {
+      const uint4 others = LoadShared(reinterpret_cast<const uint4*>(keys + first));
+      greater += (others.x > key) + (others.y > key) + (others.z > key) + (others.w > key);
+      reached += (others.x >= key) + (others.y >= key) + (others.z >= key) + (others.w >= key);
+    }
+  }
+  __device__ __forceinline__ bool Include(uint32_t rank) const {
+    return greater < rank && rank <= reached;
+  }
+};
+
 // Ranks the `num` finalists in every warp alike; lane i looks at the i-th. `rank` is 1-based.
 __device__ __forceinline__ Pivot RankFinalists(const Cta& cta, uint32_t num, uint32_t rank) {
   const SharedHeader* header = cta.header;
   const uint32_t key = header->finalists[cta.lane];
   const bool is_before = header->finalist_is_before[cta.lane] != 0;
-  uint32_t greater = 0, reached = 0;
-#pragma unroll 1
-  for (uint32_t first = 0; first < num; first += 4) {
-    const uint4 others = LoadShared(reinterpret_cast<const uint4*>(header->finalists + first));
-    greater += (others.x > key) + (others.y > key) + (others.z > key) + (others.w > key);
-    reached += (others.x >= key) + (others.y >= key) + (others.z >= key) + (others.w >= key);
-  }
+  const KeysAhead ahead(header->finalists, num, key);
   const bool is_finalist = static_cast<uint32_t>(cta.lane) < num;
-  const bool is_pivot = is_finalist && greater < rank && rank <= reached;
+  const bool is_pivot = is_finalist && ahead.Include(rank);
   const int source = __ffs(WarpBallot(is_pivot)) - 1;
   Pivot pivot;
   pivot.key = WarpBroadcast(key, source);
-  pivot.num_ties = rank - WarpBroadcast(greater, source);
+  pivot.num_ties = rank - WarpBroadcast(ahead.greater, source);
   pivot.greater_before = __popc(WarpBallot(is_finalist && is_before && key > pivot.key));
   pivot.equal_before = __popc(WarpBallot(is_finalist && is_before && key == pivot.key));
   return pivot;
@@ -101,18 +102,11 @@ __device__ __forceinline__ DirectPivot RankInEveryWarp(const Cta& cta, const Can
                                                        uint32_t rank) {
   const bool has_key = static_cast<uint32_t>(cta.lane) < candidates.count;
   const uint32_t key = has_key ? candidates.keys[cta.lane] : 0;
-  uint32_t greater = 0, reached = 0;
-#pragma unroll 1
-  for (uint32_t first = 0; first < candidates.count; first += 4) {
-    const uint4 others = LoadShared(reinterpret_cast<const uint4*>(candidates.keys + first));
-    greater += (others.x > key) + (others.y > key) + (others.z > key) + (others.w > key);
-    reached += (others.x >= key) + (others.y >= key) + (others.z >= key) + (others.w >= key);
-  }
-  const bool is_pivot = has_key && greater < rank && rank <= reached;
-  const int source = __ffs(WarpBallot(is_pivot)) - 1;
-  greater = WarpBroadcast(greater, source);
+  const KeysAhead ahead(candidates.keys, candidates.count, key);
+  const int source = __ffs(WarpBallot(has_key && ahead.Include(rank))) - 1;
+  const uint32_t greater = WarpBroadcast(ahead.greater, source);
   return DirectPivot{WarpBroadcast(key, source), rank - greater,
-                     WarpBroadcast(reached, source) - greater};
+                     WarpBroadcast(ahead.reached, source) - greater};
 }
 
 // Ranks at most kMaxDirect candidates of a row that has one CTA. In: the header's pivot is zero.

@@ -241,7 +241,7 @@ __device__ __forceinline__ void SelectRow(const TopKArgs& args) {
   InitCta(cta);
   // A row that needs one CTA is not always given to the first of its cluster: the clusters of an
   // SM's two places mostly lie alike, and their first CTAs would share that SM.
-  const int server = args.cluster_mask & static_cast<int>(row);
+  const int server = args.cluster_mask & static_cast<int>(row >> args.server_shift);
   const unsigned char* row_begin =
       static_cast<const unsigned char*>(args.operand) + row * args.width * T::kBytes;
   RowOutput<T> output(args, row, T::SignFlip(args.is_smallest));

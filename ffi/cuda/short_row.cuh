@@ -163,21 +163,12 @@ __device__ __forceinline__ uint32_t ValidElements(int32_t position, int32_t leng
 template <typename KeysOf>
 __device__ __forceinline__ Estimate FindBracket(const Cta& cta, uint32_t rank, KeysOf keys_of) {
   uint32_t* totals = cta.header->bin_totals;
-  uint32_t counts[kBinsPerThread] = {};
-  uint32_t sum = 0, of_warp = 0;
+  BinCounts counts;
+  uint32_t of_warp = 0;
   const bool has_bins = cta.warp < kBinThreads / 32;
   if (has_bins) {
-#pragma unroll
-    for (int i = 0; i < kBinsPerThread / 4; ++i) {
-      const uint4 bins = LoadShared(reinterpret_cast<const uint4*>(cta.bins) +
-                                    kBinsPerThread / 4 * cta.thread + i);
-      counts[4 * i] = bins.x;
-      counts[4 * i + 1] = bins.y;
-      counts[4 * i + 2] = bins.z;
-      counts[4 * i + 3] = bins.w;
-      sum += bins.x + bins.y + bins.z + bins.w;
-    }
-    of_warp = WarpSum(sum);
+    counts = BinCounts(reinterpret_cast<const uint4*>(cta.bins) + kBinsPerThread / 4 * cta.thread);
+    of_warp = WarpSum(counts.sum);
     if (cta.lane == 0) totals[cta.warp] = of_warp;
   }
   SyncThreads();  // totals before their reads
@@ -185,21 +176,13 @@ __device__ __forceinline__ Estimate FindBracket(const Cta& cta, uint32_t rank, K
     const uint32_t warps_before = WarpSum(cta.lane < cta.warp ? totals[cta.lane] : 0);
     // Unsigned: a rank before this warp's bins is as wrong as one behind them.
     if (rank - 1 - warps_before < of_warp) {
-      const uint32_t before = warps_before + WarpInclusiveSum(cta.lane, sum) - sum;
+      const uint32_t before = warps_before + WarpInclusiveSum(cta.lane, counts.sum) - counts.sum;
       const uint32_t inner = rank - 1 - before;
-      if (inner < sum) {
-        uint32_t reached = counts[0], slot = 0, slot_before = 0, inside = counts[0];
-#pragma unroll
-        for (int j = 1; j < kBinsPerThread; ++j) {
-          if (inner >= reached) {
-            slot = j;
-            slot_before = reached;
-            inside = counts[j];
-          }
-          reached += counts[j];
-        }
-        const Bracket keys = keys_of(kBinsPerThread * static_cast<uint32_t>(cta.thread) + slot);
-        cta.header->found[0] = make_uint4(keys.lowest, keys.highest, before + slot_before, inside);
+      if (inner < counts.sum) {
+        const RankBin own = counts.Find(inner);
+        const Bracket keys = keys_of(kBinsPerThread * static_cast<uint32_t>(cta.thread) + own.bin);
+        cta.header->found[0] =
+            make_uint4(keys.lowest, keys.highest, before + own.above, own.inside);
       }
     }
   }
