@@ -7,8 +7,6 @@
 // is right; the filter counts both sides exactly and the caller verifies. Every CTA of the row
 // reads the same sample, so all arrive at the same bracket without talking.
 //
-// A row that one tile holds is its own sample: then m = 0 and the bracket is exact.
-//
 // Cost: one pass over the elements, a histogram of coarse bins, three barriers. Data that crowds
 // into few coarse bins (clustered, equal, few distinct values) needs refinements: a pass, a
 // histogram and three barriers each. A sample stays in registers, so that only its first visit
@@ -45,11 +43,6 @@ struct BracketGoal {
   float scale;          // elements of the row per visited element
   uint32_t open_limit;  // most elements of the row that the bracket may hold
 };
-
-// The goal for a row of which all elements are visited: the bracket must hold rank k.
-__device__ __forceinline__ BracketGoal ExactGoal(uint32_t k, uint32_t open_limit) {
-  return BracketGoal{{k, k}, 1.0f, open_limit};
-}
 
 // The goal for a sample of `sample_size` out of `population`.
 __device__ __forceinline__ BracketGoal SampleGoal(uint32_t k, uint32_t population,
@@ -171,13 +164,11 @@ __device__ __forceinline__ Estimate RefineEstimate(Cta& cta, const BracketGoal& 
 }
 
 // `visit_all(visit)` calls visit(vector, valid) for this thread's share of the elements, a vector
-// at a time; `visit_again(visit)` does the same, and may be called several times. At least one
-// element is visited by some thread. The histogram is zero on entry and on exit. All threads return
-// the same.
-template <typename T, typename VisitAll, typename VisitAgain>
+// at a time; it may be called several times. At least one element is visited by some thread. The
+// histogram is zero on entry and on exit. All threads return the same.
+template <typename T, typename VisitAll>
 __device__ __forceinline__ Estimate EstimateBracket(Cta& cta, const BracketGoal& goal,
-                                                    uint32_t flip, VisitAll visit_all,
-                                                    VisitAgain visit_again) {
+                                                    uint32_t flip, VisitAll visit_all) {
   const uint32_t coarse_flip = CoarseFlip(flip);
   visit_all([&](const uint4& vector, uint32_t valid) {
     CountCoarse<T>(cta, vector, valid, coarse_flip);
@@ -198,7 +189,7 @@ __device__ __forceinline__ Estimate EstimateBracket(Cta& cta, const BracketGoal&
   result.inside = low.above + low.inside - result.above;
 
   if (Unlikely(IsCrowded(result, goal))) {
-    result = RefineEstimate<T>(cta, goal, flip, is_open_above, is_open_below, result, visit_again);
+    result = RefineEstimate<T>(cta, goal, flip, is_open_above, is_open_below, result, visit_all);
   }
   return result;
 }

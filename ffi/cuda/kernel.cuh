@@ -124,7 +124,7 @@ __device__ __forceinline__ Bracket GuessBracket(Cta& cta, const TopKArgs& args,
   }
   const BracketGoal goal = SampleGoal(k, length, sample.num_elements(), open_limit);
   const auto visit_all = [&](auto visit) { sample.VisitAll(window, visit); };
-  const Estimate estimate = EstimateBracket<T>(cta, goal, flip, visit_all, visit_all);
+  const Estimate estimate = EstimateBracket<T>(cta, goal, flip, visit_all);
   if (cta.num_active > 1) ClusterWait();
   return estimate.bracket;
 }
