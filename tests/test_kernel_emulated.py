@@ -199,6 +199,8 @@ def test_an_operand_of_more_than_2_31_elements(library):
     lengths[-1] = 5000
     check(library, x, 20, lengths=lengths, plan="cluster=1")
     check(library, x, 20, lengths=lengths, plan="path=exact,cluster=2,part=64")
+    # A window that does not begin with its row.
+    check(library, x, 20, np.full(rows, 3, np.int32), lengths, plan="cluster=1")
 
 
 def test_ties_spread_over_ctas(library):
@@ -217,6 +219,16 @@ def test_lowest_key_competes_with_padding(library):
     x.view(np.uint32)[0, rng.permutation(5000)[:2500]] = 0xFFFFFFFF
     for k in (2400, 2600, 4096):
         check(library, x, k, plan="path=sample,cluster=7,part=300")
+
+
+@pytest.mark.parametrize("start", [0, 1, 2, 3, 6])
+def test_lowest_key_competes_with_what_is_beside_the_window(library, start):
+    """Short rows take what lies outside the window for elements of key 0; ties go by position."""
+    x = np.random.default_rng(start).normal(size=(1, 5000)).astype(np.float32)
+    x.view(np.uint32)[0, : start + 2001] = 0xFFFFFFFF
+    lengths = np.array([3001], np.int32)
+    for k in (1, 999, 1000, 1001, 1002, 2500, 3000):
+        check(library, x, k, np.array([start], np.int32), lengths, is_sorted=k % 2 == 1)
 
 
 def half_of_one_value(rng: np.random.Generator, width: int) -> np.ndarray:
@@ -238,6 +250,7 @@ def half_of_one_value(rng: np.random.Generator, width: int) -> np.ndarray:
         (inputs.normal, 3000, "path=sample,cluster=1,candidates=4"),  # lists that overflow
         (half_of_one_value, 2100, "path=sample,cluster=2"),  # too many in a bin to be ranked there
         (inputs.normal, 300, "path=short"),
+        (inputs.clustered, 300, "path=short"),  # crowded bins
     ],
     ids=lambda value: getattr(value, "__name__", str(value)),
 )
