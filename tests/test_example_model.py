@@ -264,11 +264,12 @@ class TestPieces:
         weight = jnp.asarray(rng.normal(size=(3, 20, 5)) * rng.uniform(0.01, 9, (3, 1, 5)))
         quantized = pieces.quantize_weight(weight, axis=1)
         assert quantized.values.dtype == jnp.float8_e4m3fn
-        assert quantized.scales.shape == (3, 1, 5)
+        assert quantized.values.shape == (3, 5, 20)
+        assert quantized.scales.shape == (3, 5)
         assert np.log2(quantized.scales).tolist() == np.log2(quantized.scales).round().tolist()
         dequantized = reference.to_float64(quantized)
         # Three bits of mantissa; the smallest step is 2^-9 of a scale.
-        limit = np.abs(weight) * 2.0**-4 + quantized.scales * 2.0**-10
+        limit = np.abs(weight) * 2.0**-4 + quantized.scales[:, None] * 2.0**-10
         assert (np.abs(dequantized - weight) <= limit).all()
         assert np.abs(dequantized - weight).max() > 0
         x = jnp.asarray(rng.normal(size=(4, 3, 20)), jnp.float32)
