@@ -311,6 +311,50 @@ class TestScores:
         actual = model.index_scores(*map(jnp.float32, (q, w, k, s)), block)
         np.testing.assert_allclose(actual, expected, rtol=1e-5, atol=1e-5)
 
+    @pytest.mark.parametrize("sequences", [0, 1, 2, 5, 9])
+    @pytest.mark.parametrize("shared", [None, 2], ids=["own keys", "shared keys"])
+    def test_sequences_at_a_time_change_nothing(self, sequences, shared):
+        shapes = {0: (5, 2, 3, 8), 1: (5, 2, 3), 2: (5, 29, 8), 3: (5, 29)}
+        rng = np.random.default_rng(0)
+        arrays = [jnp.asarray(rng.normal(size=n), jnp.float32) for n in shapes.values()]
+        expected = []
+        for i in range(5):
+            own = [a[0] if shared == place else a[i] for place, a in enumerate(arrays)]
+            expected.append(model.index_scores(*own, 7))
+        if shared is not None:
+            arrays[shared] = arrays[shared][0]
+        in_axes = [None if shared == place else 0 for place in range(4)]
+        score = model.index_scores_by_sequence(7, sequences)
+        actual = jax.vmap(score, in_axes)(*arrays)
+        np.testing.assert_allclose(actual, np.stack(expected), rtol=1e-6, atol=1e-6)
+
+    @pytest.mark.parametrize(("sequences", "largest"), [(1, 1), (2, 2), (3, 3), (0, 8), (8, 8)])
+    def test_products_of_few_sequences_exist_at_a_time(self, sequences, largest):
+        shapes = (8, 2, 16, 4), (8, 2, 16), (8, 512, 4), (8, 512)
+        arguments = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes]
+        score = jax.vmap(model.index_scores_by_sequence(512, sequences))
+        jaxpr = jax.make_jaxpr(lambda *args: score(*args))(*arguments)
+        shapes = [v.aval.shape for eqn in jaxpr.eqns for v in eqn.outvars]
+        products = [shape for shape in shapes if len(shape) == 4 and shape[-2:] == (16, 512)]
+        assert max(shape[0] for shape in products) == largest
+
+
+class TestStoreNext:
+    @pytest.mark.parametrize("num_rows", [1, 3])
+    def test_is_store_for_rows_that_exist(self, num_rows):
+        buffer, rows = jnp.full((9, 2), jnp.nan), jnp.arange(2.0 * num_rows).reshape(-1, 2)
+        slots = 4 + jnp.arange(num_rows)
+        np.testing.assert_array_equal(
+            model.store_next(buffer, slots, rows), model.store(buffer, slots, rows)
+        )
+
+    def test_a_row_that_does_not_exist_goes_where_the_first_will(self):
+        buffer = jnp.full((4, 2), jnp.nan)
+        buffer = model.store_next(buffer, jnp.array([-1]), jnp.ones((1, 2)))
+        assert jnp.isnan(buffer[1:]).all()
+        buffer = model.store_next(buffer, jnp.array([0]), jnp.full((1, 2), 5))
+        assert buffer[0].tolist() == [5, 5]
+
 
 class TestSelectors:
     def test_recent(self):
