@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
+from jax import lax
 from runners import device_of
 
 from examples.sparse_attention import model, pieces, reference, selection
@@ -276,6 +277,34 @@ class TestPieces:
         actual = pieces.project("rhc,hcv->rhv", x, quantized)
         expected = np.einsum("rhc,hcv->rhv", np.asarray(x, np.float64), dequantized)
         np.testing.assert_allclose(actual, expected, rtol=1e-4, atol=1e-5)
+
+    @pytest.mark.parametrize("spec", ["rd,dgf->rgf", "rhd,hdc->rhc"])
+    @pytest.mark.parametrize("num_rows", [1, 3])
+    @pytest.mark.parametrize("batch", [None, 1, 4])
+    def test_fp8_products_as_a_gpu_takes_them(self, monkeypatch, spec, num_rows, batch):
+        monkeypatch.setattr(lax, "platform_dependent", lambda *args, cpu, default: default(*args))
+        rng = np.random.default_rng(0)
+        shapes = {"d": 32, "g": 2, "f": 5, "h": 3, "c": 7}
+        rows, labels = spec.split("->")[0].split(",")
+        weight = rng.normal(size=[shapes[label] for label in labels])
+        quantized = pieces.quantize_weight(jnp.asarray(weight, jnp.float32), labels.index("d"))
+        row_shape = [shapes[label] for label in rows[1:]]
+        x = rng.normal(size=(batch or 1, num_rows, *row_shape)).astype(np.float32)
+        run = functools.partial(pieces.project, spec)
+        actual = jax.vmap(run, (0, None))(x, quantized) if batch else run(x[0], quantized)[None]
+        exact = np.float64(reference.to_float64(quantized))
+        expected = np.stack([np.einsum(spec, np.float64(part), exact) for part in x])
+        np.testing.assert_allclose(actual, expected, rtol=1e-4, atol=1e-4)
+
+    @pytest.mark.parametrize(
+        ("batch", "length", "is_product"), [(1, 64, 0), (2, 64, 1), (1, 8320, 1)]
+    )
+    def test_only_one_short_row_is_summed(self, batch, length, is_product):
+        quantized = jax.eval_shape(lambda w: pieces.quantize_weight(w, 0), jnp.zeros((length, 8)))
+        x = jax.ShapeDtypeStruct((batch, 1, length), jnp.float32)
+        run = jax.jit(jax.vmap(functools.partial(pieces.project, "rd,df->rf"), (0, None)))
+        for_gpu = run.trace(x, quantized).lower(lowering_platforms=("cuda",)).as_text()
+        assert for_gpu.count("dot_general") == is_product
 
     @pytest.mark.parametrize("magnitude", [448.0, 448.5, 1.0, 2.0**-20, 3e4, 0.0])
     def test_fp8_scale_is_the_least_power_of_two(self, magnitude):
