@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
+from jax import lax
 from runners import device_of
 
 from examples.sparse_attention import model, pieces, reference, selection
@@ -264,17 +265,46 @@ class TestPieces:
         weight = jnp.asarray(rng.normal(size=(3, 20, 5)) * rng.uniform(0.01, 9, (3, 1, 5)))
         quantized = pieces.quantize_weight(weight, axis=1)
         assert quantized.values.dtype == jnp.float8_e4m3fn
-        assert quantized.scales.shape == (3, 1, 5)
+        assert quantized.values.shape == (3, 5, 20)
+        assert quantized.scales.shape == (3, 5)
         assert np.log2(quantized.scales).tolist() == np.log2(quantized.scales).round().tolist()
         dequantized = reference.to_float64(quantized)
         # Three bits of mantissa; the smallest step is 2^-9 of a scale.
-        limit = np.abs(weight) * 2.0**-4 + quantized.scales * 2.0**-10
+        limit = np.abs(weight) * 2.0**-4 + quantized.scales[:, None] * 2.0**-10
         assert (np.abs(dequantized - weight) <= limit).all()
         assert np.abs(dequantized - weight).max() > 0
         x = jnp.asarray(rng.normal(size=(4, 3, 20)), jnp.float32)
         actual = pieces.project("rhc,hcv->rhv", x, quantized)
         expected = np.einsum("rhc,hcv->rhv", np.asarray(x, np.float64), dequantized)
         np.testing.assert_allclose(actual, expected, rtol=1e-4, atol=1e-5)
+
+    @pytest.mark.parametrize("spec", ["rd,dgf->rgf", "rhd,hdc->rhc"])
+    @pytest.mark.parametrize("num_rows", [1, 3])
+    @pytest.mark.parametrize("batch", [None, 1, 4])
+    def test_fp8_products_as_a_gpu_takes_them(self, monkeypatch, spec, num_rows, batch):
+        monkeypatch.setattr(lax, "platform_dependent", lambda *args, cpu, default: default(*args))
+        rng = np.random.default_rng(0)
+        shapes = {"d": 32, "g": 2, "f": 5, "h": 3, "c": 7}
+        rows, labels = spec.split("->")[0].split(",")
+        weight = rng.normal(size=[shapes[label] for label in labels])
+        quantized = pieces.quantize_weight(jnp.asarray(weight, jnp.float32), labels.index("d"))
+        row_shape = [shapes[label] for label in rows[1:]]
+        x = rng.normal(size=(batch or 1, num_rows, *row_shape)).astype(np.float32)
+        run = functools.partial(pieces.project, spec)
+        actual = jax.vmap(run, (0, None))(x, quantized) if batch else run(x[0], quantized)[None]
+        exact = np.float64(reference.to_float64(quantized))
+        expected = np.stack([np.einsum(spec, np.float64(part), exact) for part in x])
+        np.testing.assert_allclose(actual, expected, rtol=1e-4, atol=1e-4)
+
+    @pytest.mark.parametrize(
+        ("batch", "length", "is_product"), [(1, 64, 0), (2, 64, 1), (1, 8320, 1)]
+    )
+    def test_only_one_short_row_is_summed(self, batch, length, is_product):
+        quantized = jax.eval_shape(lambda w: pieces.quantize_weight(w, 0), jnp.zeros((length, 8)))
+        x = jax.ShapeDtypeStruct((batch, 1, length), jnp.float32)
+        run = jax.jit(jax.vmap(functools.partial(pieces.project, "rd,df->rf"), (0, None)))
+        for_gpu = run.trace(x, quantized).lower(lowering_platforms=("cuda",)).as_text()
+        assert for_gpu.count("dot_general") == is_product
 
     @pytest.mark.parametrize("magnitude", [448.0, 448.5, 1.0, 2.0**-20, 3e4, 0.0])
     def test_fp8_scale_is_the_least_power_of_two(self, magnitude):
@@ -309,6 +339,50 @@ class TestScores:
         expected = np.einsum("rhs,rh,s->rs", products, w, s)
         actual = model.index_scores(*map(jnp.float32, (q, w, k, s)), block)
         np.testing.assert_allclose(actual, expected, rtol=1e-5, atol=1e-5)
+
+    @pytest.mark.parametrize("sequences", [0, 1, 2, 5, 9])
+    @pytest.mark.parametrize("shared", [None, 2], ids=["own keys", "shared keys"])
+    def test_sequences_at_a_time_change_nothing(self, sequences, shared):
+        shapes = {0: (5, 2, 3, 8), 1: (5, 2, 3), 2: (5, 29, 8), 3: (5, 29)}
+        rng = np.random.default_rng(0)
+        arrays = [jnp.asarray(rng.normal(size=n), jnp.float32) for n in shapes.values()]
+        expected = []
+        for i in range(5):
+            own = [a[0] if shared == place else a[i] for place, a in enumerate(arrays)]
+            expected.append(model.index_scores(*own, 7))
+        if shared is not None:
+            arrays[shared] = arrays[shared][0]
+        in_axes = [None if shared == place else 0 for place in range(4)]
+        score = model.index_scores_by_sequence(7, sequences)
+        actual = jax.vmap(score, in_axes)(*arrays)
+        np.testing.assert_allclose(actual, np.stack(expected), rtol=1e-6, atol=1e-6)
+
+    @pytest.mark.parametrize(("sequences", "largest"), [(1, 1), (2, 2), (3, 3), (0, 8), (8, 8)])
+    def test_products_of_few_sequences_exist_at_a_time(self, sequences, largest):
+        shapes = (8, 2, 16, 4), (8, 2, 16), (8, 512, 4), (8, 512)
+        arguments = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes]
+        score = jax.vmap(model.index_scores_by_sequence(512, sequences))
+        jaxpr = jax.make_jaxpr(lambda *args: score(*args))(*arguments)
+        shapes = [v.aval.shape for eqn in jaxpr.eqns for v in eqn.outvars]
+        products = [shape for shape in shapes if len(shape) == 4 and shape[-2:] == (16, 512)]
+        assert max(shape[0] for shape in products) == largest
+
+
+class TestStoreNext:
+    @pytest.mark.parametrize("num_rows", [1, 3])
+    def test_is_store_for_rows_that_exist(self, num_rows):
+        buffer, rows = jnp.full((9, 2), jnp.nan), jnp.arange(2.0 * num_rows).reshape(-1, 2)
+        slots = 4 + jnp.arange(num_rows)
+        np.testing.assert_array_equal(
+            model.store_next(buffer, slots, rows), model.store(buffer, slots, rows)
+        )
+
+    def test_a_row_that_does_not_exist_goes_where_the_first_will(self):
+        buffer = jnp.full((4, 2), jnp.nan)
+        buffer = model.store_next(buffer, jnp.array([-1]), jnp.ones((1, 2)))
+        assert jnp.isnan(buffer[1:]).all()
+        buffer = model.store_next(buffer, jnp.array([0]), jnp.full((1, 2), 5))
+        assert buffer[0].tolist() == [5, 5]
 
 
 class TestSelectors:

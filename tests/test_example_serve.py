@@ -119,14 +119,20 @@ def test_mixed_lengths_are_spread_and_fit():
     assert serve.Cell(3, 50).lengths(longest=60).tolist() == [50, 50, 50]
 
 
-@pytest.mark.parametrize("batch", [1, 8, 32])
-def test_products_per_head_stay_in_cache(batch):
-    setting = serve_programs.new_setting("v32", 2, 64, batch, 131072, 0, 256)
+@pytest.mark.parametrize(
+    ("width", "block", "sequences"),
+    [
+        pytest.param(131072, 131072, 8, id="whole sequences, eight at a time"),
+        pytest.param(16384, 16384, 64, id="short sequences, many at a time"),
+        pytest.param(2**21, 2**20, 1, id="blocks of a long sequence"),
+    ],
+)
+def test_products_per_head_are_bounded(width, block, sequences):
+    setting = serve_programs.new_setting("v32", 2, 64, 32, width, 0, 256)
     config = setting.config
-    products = 4 * batch * config.index_heads * config.index_block
+    assert (config.index_block, config.index_sequences) == (block, sequences)
+    products = 4 * sequences * config.index_heads * block
     assert products == serve_programs.DECODE_BLOCK_BYTES
-    assert config.index_block == 131072 // batch
-    assert 131072 % config.index_block == 0
     assert (config.num_layers, config.vocab_size) == (2, 64)
     assert config.dim == CONFIGS["v32"].dim
 

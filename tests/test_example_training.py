@@ -96,7 +96,7 @@ class TestBlock:
             both = jax.jacrev(losses, (0, 1))(layer, w_x)
             return [jax.tree.map(lambda leaf: leaf[i], both) for i in range(2)]  # noqa: B023
 
-        unused = {"attention_norm", "ffn_norm", "ffn_gate", "ffn_up", "ffn_down"}
+        unused = {"attention_norm", "ffn_norm", "ffn_gate_up", "ffn_down"}
         task, imitation = gradients(layer, w_x, training.read_selected(xla))
         for name in layer.keys() - unused:
             is_indexer = name.startswith("index_")

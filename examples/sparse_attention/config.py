@@ -43,6 +43,7 @@ class Config:
         window: last positions that are attended to besides the selection; with compression at
             least `compression - 1`, since an incomplete group is no candidate yet.
         index_block: candidates scored at a time; bounds the memory for products per index head.
+        index_sequences: sequences of a batch scored at a time, which bounds it too; 0 for all.
         max_tokens_per_step: most rows one decode step may append (matters with compression, where
             the last `window + max_tokens_per_step` positions are kept in a ring).
         norm_eps: epsilon of the RMS norms.
@@ -73,6 +74,7 @@ class Config:
     compression: int = 1
     window: int = 0
     index_block: int = 2048
+    index_sequences: int = 0
     max_tokens_per_step: int = 8
     norm_eps: float = 1e-6
     dtype: Any = jnp.float32

@@ -37,11 +37,13 @@ Source: DeepSeek-V3.2-Exp, `inference/model.py`, and its technical report, secti
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
+from jax.custom_batching import custom_vmap
 
 from examples.sparse_attention.config import Config
 from examples.sparse_attention.pieces import (
@@ -85,7 +87,7 @@ class Cache(NamedTuple):
 CONTRACTED = {"wkb": 1, "wvb": 1}
 FP8_MATRICES = (
     *("wqa", "wqb", "wkva", "wkb", "wvb", "wo", "index_wq", "index_wk"),
-    *("ffn_gate", "ffn_up", "ffn_down"),
+    *("ffn_gate_up", "ffn_down"),
 )
 
 
@@ -121,6 +123,10 @@ def init_layer(key: Array, config: Config) -> Params:
         scale = numbers.shape[CONTRACTED.get(name, 0)] ** -0.5
         # The indexer's head weights stay float32: DeepSeek computes them in full precision.
         params[name] = (scale * numbers).astype(jnp.float32 if name == "index_ww" else c.dtype)
+    # One product of the same rows; and contracted last, like a quantised weight.
+    halves = [params.pop(name) for name in ("ffn_gate", "ffn_up")]
+    params["ffn_gate_up"] = jnp.stack(halves, axis=1)
+    params["index_ww"] = params["index_ww"].T
     for name, width in {
         "attention_norm": c.dim,
         "ffn_norm": c.dim,
@@ -195,7 +201,9 @@ def index_projection(config: Config, x: Array, positions: Array) -> tuple[Array,
         rope_frequencies(config),
         interleaved=config.index_rope_interleaved,
     )
-    mixed = hadamard(jnp.concatenate([rotated, x[..., config.rope_dim :]], axis=-1))
+    whole = jnp.concatenate([rotated, x[..., config.rope_dim :]], axis=-1)
+    # Every sum of the transform reads all channels; XLA shall not rotate them for each anew.
+    mixed = hadamard(lax.optimization_barrier(whole))
     if config.index_fp8:
         return quantize_fp8(mixed)
     return mixed, jnp.ones(mixed.shape[:-1], jnp.float32)
@@ -207,7 +215,7 @@ def index_queries(
     """Index queries `[R, heads, index_dim]` and signed head weights `[R, heads]` (float32)."""
     queries = project("rq,qhd->rhd", qr, params["index_wq"])
     queries, scales = index_projection(config, queries, positions)
-    weights = x.astype(jnp.float32) @ params["index_ww"]
+    weights = jnp.einsum("rd,hd->rh", x.astype(jnp.float32), params["index_ww"])
     return queries, weights * scales * (config.index_heads * config.index_dim) ** -0.5
 
 
@@ -230,8 +238,38 @@ def candidate_scores(
         positions: `[R]`, place of each row in its sequence.
     """
     queries, weights = index_queries(params, config, x, qr, positions)
-    keys, scales = cache.index_keys, cache.index_scales
-    return index_scores(queries, weights, keys, scales, config.index_block)
+    score = index_scores_by_sequence(config.index_block, config.index_sequences)
+    return score(queries, weights, cache.index_keys, cache.index_scales)
+
+
+def index_scores_by_sequence(block: int, sequences: int) -> Callable[..., Array]:
+    """`index_scores` that under `jax.vmap` scores so many sequences of the batch at a time.
+
+    What one product reads is then one piece of the caches. Blocks of candidates of all sequences
+    are not, and XLA would convert such keys from fp8 in a kernel of its own.
+
+    Args:
+        block: candidates scored at a time.
+        sequences: scored at a time; 0 for all.
+    """
+    score = functools.partial(index_scores, block=block)
+    by_sequence = custom_vmap(score)
+
+    @by_sequence.def_vmap
+    def score_batch(batch: int, is_batched: list[bool], *arrays: Array) -> tuple[Array, bool]:
+        arrays = tuple(
+            array if has_batch else jnp.broadcast_to(array, (batch, *array.shape))
+            for array, has_batch in zip(arrays, is_batched, strict=True)
+        )
+        score_group = jax.vmap(score)
+        if not 0 < sequences < batch:
+            return score_group(*arrays), True
+        groups = [[a[i : i + sequences] for a in arrays] for i in range(0, batch, sequences)]
+        # The barrier: a copy of fp8 keys costs less than converting them on the way.
+        scores = [score_group(*lax.optimization_barrier(group)) for group in groups]
+        return jnp.concatenate(scores), True
+
+    return by_sequence
 
 
 def index_scores(queries: Array, weights: Array, keys: Array, scales: Array, block: int) -> Array:
@@ -259,30 +297,33 @@ def index_scores(queries: Array, weights: Array, keys: Array, scales: Array, blo
     dtype = jnp.bfloat16 if keys.dtype == jnp.float8_e4m3fn else keys.dtype
     queries = queries.astype(dtype)
 
-    def score(keys: Array) -> Array:
+    def score(keys: Array, scales: Array) -> Array:
         products = jnp.einsum(
             "rhd,sd->rhs", queries, keys.astype(dtype), preferred_element_type=jnp.float32
         )
-        return weighted_sum_over_heads(jax.nn.relu(products), weights)
+        return weighted_sum_over_heads(jax.nn.relu(products), weights, scales)
 
-    scores = [score(keys[i : i + block]) for i in range(0, keys.shape[0], block)]
-    return jnp.concatenate(scores, axis=1) * scales
+    blocks = [slice(i, i + block) for i in range(0, keys.shape[0], block)]
+    return jnp.concatenate([score(keys[i], scales[i]) for i in blocks], axis=1)
 
 
-def weighted_sum_over_heads(products: Array, weights: Array) -> Array:
-    """`sum_h products[r, h, s] weights[r, h]`, `[R, s]`, in the form that each platform does best.
+def weighted_sum_over_heads(products: Array, weights: Array, scales: Array) -> Array:
+    """`sum_h products[r, h, s] weights[r, h] scales[s]`, `[R, s]`, as each platform does it best.
+
+    Scales are powers of two, so that nothing depends on when they are multiplied.
 
     A GPU fuses whatever precedes a sum into it, and reads the products once. XLA on CPU (jaxlib
     0.10) fuses the matrix product before it as well, and loses its fast form by that.
     """
 
-    def by_sum(products: Array, weights: Array) -> Array:
-        return jnp.sum(products * weights[..., None], axis=1)
+    def by_sum(products: Array, weights: Array, scales: Array) -> Array:
+        return jnp.sum(products * weights[..., None] * scales, axis=1)
 
-    def by_product(products: Array, weights: Array) -> Array:
-        return jnp.einsum("rhs,rh->rs", products, weights, precision=lax.Precision.HIGHEST)
+    def by_product(products: Array, weights: Array, scales: Array) -> Array:
+        sums = jnp.einsum("rhs,rh->rs", products, weights, precision=lax.Precision.HIGHEST)
+        return sums * scales
 
-    return lax.platform_dependent(products, weights, cpu=by_product, default=by_sum)
+    return lax.platform_dependent(products, weights, scales, cpu=by_product, default=by_sum)
 
 
 # ------------------------------------------------------------------------------------- attention
@@ -355,6 +396,18 @@ def store(buffer: Array, slots: Array, rows: Array) -> Array:
     return buffer.at[slots].set(rows.astype(buffer.dtype), mode="drop", unique_indices=True)
 
 
+def store_next(buffer: Array, slots: Array, rows: Array) -> Array:
+    """`store` into a sequence's own buffer, whose slots are its positions.
+
+    One row is written without a look at what was there. A row that does not exist, at slot -1 of a
+    sequence that has not begun, then lands in slot 0, where nothing is yet and the first row goes.
+    """
+    if rows.shape[0] > 1:
+        return store(buffer, slots, rows)
+    slot = jnp.clip(slots[0], 0, buffer.shape[0] - 1)
+    return lax.dynamic_update_index_in_dim(buffer, rows[0].astype(buffer.dtype), slot, axis=0)
+
+
 def compress(params: Params, config: Config, recent: Array) -> Array:
     """Pools groups of neighbours `[G, c, 2 d]` (projections and gates) into `[G, d]`."""
     projections, gates = jnp.split(recent.astype(jnp.float32), 2, axis=-1)
@@ -382,6 +435,7 @@ def write_cache(
             to a row that does not exist. With compression a sequence starts at a multiple of it.
             None if the buffer holds one sequence, so that slots are positions.
     """
+    write = store_next if slots is None else store
     slots = positions if slots is None else slots
     both = [project("rd,dc->rc", x, params[name]) for name in ("wkva", "index_wk")]
     projection = jnp.concatenate(both, axis=-1)
@@ -389,7 +443,7 @@ def write_cache(
     if config.compression > 1:
         c, ring = config.compression, recent.shape[0]
         rows = jnp.concatenate([projection, x @ params["gates"]], axis=-1)
-        recent = store(recent, jnp.where(slots < 0, slots, slots % ring), rows)
+        recent = write(recent, jnp.where(slots < 0, slots, slots % ring), rows)
         # Pool every group that the rows belong to. The last may be incomplete, and then holds
         # garbage until it is: it lies beyond the length of every row that exists.
         num_groups = (slots.shape[0] + c - 2) // c + 1
@@ -403,9 +457,9 @@ def write_cache(
     latent, index_key = projection[:, : config.latent_dim], projection[:, config.latent_dim :]
     index_key, index_scale = finish_index_key(params, config, index_key, positions)
     return Cache(
-        latents=store(cache.latents, slots, finish_latent(params, config, latent, positions)),
-        index_keys=store(cache.index_keys, slots, index_key),
-        index_scales=store(cache.index_scales, slots, index_scale),
+        latents=write(cache.latents, slots, finish_latent(params, config, latent, positions)),
+        index_keys=write(cache.index_keys, slots, index_key),
+        index_scales=write(cache.index_scales, slots, index_scale),
         recent=recent,
     )
 
@@ -490,8 +544,7 @@ def sparse_attention(
 
 def swiglu(params: Params, x: Array) -> Array:
     """The feed-forward block, `[R, dim]` to `[R, dim]`."""
-    gate = project("rd,df->rf", x, params["ffn_gate"])
-    up = project("rd,df->rf", x, params["ffn_up"])
+    gate, up = jnp.moveaxis(project("rd,dgf->rgf", x, params["ffn_gate_up"]), 1, 0)
     return project("rf,fd->rd", jax.nn.silu(gate) * up, params["ffn_down"])
 
 

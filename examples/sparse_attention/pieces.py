@@ -4,14 +4,17 @@
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 import math
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
+from jax.custom_batching import custom_vmap
 
 from examples.sparse_attention.config import Config
 
@@ -74,8 +77,10 @@ def rope(x: Array, positions: Array, frequencies: Array, *, interleaved: bool) -
     indexer shipped with at first.
     """
     angles = positions.astype(jnp.float32)[:, None] * frequencies
-    angles = angles.reshape(x.shape[0], *[1] * (x.ndim - 2), -1)
-    cos, sin = jnp.cos(angles), jnp.sin(angles)
+    # Queries and keys of a row turn by the same angles. The barrier keeps XLA from computing the
+    # cosines again in every kernel that rotates, which is slow; equal ones before it become one.
+    cos, sin = lax.optimization_barrier((jnp.cos(angles), jnp.sin(angles)))
+    cos, sin = (part.reshape(x.shape[0], *[1] * (x.ndim - 2), -1) for part in (cos, sin))
     x32 = x.astype(jnp.float32)
     if interleaved:
         a, b = x32[..., 0::2], x32[..., 1::2]
@@ -112,19 +117,28 @@ def quantize_fp8(x: Array) -> tuple[Array, Array]:
     return (x32 / scale[..., None]).astype(jnp.float8_e4m3fn), scale
 
 
-class QuantizedWeight(NamedTuple):
-    """A weight in fp8: `values * scales`.
+@functools.partial(
+    jax.tree_util.register_dataclass, data_fields=["values", "scales"], meta_fields=["axis"]
+)
+@dataclasses.dataclass(frozen=True)
+class QuantizedWeight:
+    """A weight in fp8: `values * scales[..., None]`, with its contracted axis moved to the end.
+
+    That order lets a GPU read what one output sums over in one piece, which matters where the
+    product takes as long as the weight takes to be read: in decoding.
 
     Attributes:
-        values: `[...]`, float8_e4m3fn.
-        scales: float32 powers of two, of the same rank, with size 1 along the contracted axis. One
-            per output channel, as they can be applied after the product, and exactly. (DeepSeek's
-            checkpoints have one per block of 128 x 128, which takes a product that adds up block by
-            block in a kernel of its own; the bytes read are the same to 0.1 %.)
+        values: `[..., contracted]`, float8_e4m3fn.
+        scales: `[...]`, float32 powers of two. One per output channel, as they can be applied
+            after the product, and exactly. (DeepSeek's checkpoints have one per block of
+            128 x 128, which takes a product that adds up block by block in a kernel of its own;
+            the bytes read are the same to 0.1 %.)
+        axis: where the contracted axis was, and is in the specification of a product.
     """
 
     values: Array
     scales: Array
+    axis: int
 
 
 def quantize_weight(weight: Array, axis: int) -> QuantizedWeight:
@@ -134,8 +148,7 @@ def quantize_weight(weight: Array, axis: int) -> QuantizedWeight:
         weight: to be rounded.
         axis: that its product contracts.
     """
-    values, scales = quantize_fp8(jnp.moveaxis(weight, axis, -1))
-    return QuantizedWeight(jnp.moveaxis(values, -1, axis), jnp.expand_dims(scales, axis))
+    return QuantizedWeight(*quantize_fp8(jnp.moveaxis(weight, axis, -1)), axis)
 
 
 def project(spec: str, x: Array, weight: Array | QuantizedWeight) -> Array:
@@ -146,8 +159,55 @@ def project(spec: str, x: Array, weight: Array | QuantizedWeight) -> Array:
     """
     if not isinstance(weight, QuantizedWeight):
         return jnp.einsum(spec, x, weight)
-    product = jnp.einsum(spec, x, weight.values.astype(x.dtype))
-    return product * weight.scales.reshape(product.shape[1:]).astype(x.dtype)
+    rows, labels, result = spec.replace("->", ",").split(",")
+    contracted = labels[weight.axis]
+    stored = labels.replace(contracted, "") + contracted
+    product = fp8_product(f"{rows},{stored}->{result}")(x, weight.values)
+    return (product * weight.scales).astype(x.dtype)
+
+
+# Longest contracted axis over which one row is multiplied and summed. An H100 reads the rows of a
+# weight at 3.0 TB/s that way if they are 7168 long, at 2.7 TB/s in a matrix product; if they are
+# 18432 long, at 2.0 against 2.5 TB/s.
+MAX_SUMMED_LENGTH = 8192
+
+
+@functools.cache
+def fp8_product(spec: str) -> Callable[[Array, Array], Array]:
+    """`einsum(spec, rows, values)` in float32, `values` in fp8 with the contracted axis last.
+
+    A single row may be multiplied and summed, see `MAX_SUMMED_LENGTH`. Under `jax.vmap` the rows
+    of all sequences are rows of one product, so a batch is never taken for one row.
+    """
+    rows, weight = spec.split("->")[0].split(",")
+
+    def by_product(x: Array, values: Array) -> Array:
+        return jnp.einsum(spec, x, values.astype(x.dtype), preferred_element_type=jnp.float32)
+
+    def by_sum(x: Array, values: Array) -> Array:
+        # What a row and a weight share comes in the same order in both.
+        sizes = zip(weight, values.shape, strict=True)
+        row = x.astype(jnp.float32).reshape([n if label in rows else 1 for label, n in sizes])
+        return jnp.sum(values.astype(jnp.float32) * row, axis=-1)[None]
+
+    @custom_vmap
+    def product(x: Array, values: Array) -> Array:
+        if x.shape[0] > 1 or values.shape[-1] > MAX_SUMMED_LENGTH:
+            return by_product(x, values)
+        # On a CPU one row is multiplied as several are: decoding rounds as prefill does.
+        result: Array = lax.platform_dependent(x, values, cpu=by_product, default=by_sum)
+        return result
+
+    @product.def_vmap
+    def product_of_all(
+        batch: int, is_batched: list[bool], x: Array, values: Array
+    ) -> tuple[Array, bool]:
+        if is_batched[1]:
+            raise NotImplementedError("weights have a batch axis; vmap over rows only")
+        result = product(x.reshape(-1, *x.shape[2:]), values)
+        return result.reshape(batch, -1, *result.shape[1:]), True
+
+    return product
 
 
 def map_blocks(function: Callable[[Any], Any], rows: Any, block: int | None) -> Any:

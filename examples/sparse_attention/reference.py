@@ -29,7 +29,8 @@ def to_float64(params: Any) -> Any:
     A quantised weight is the number that it stands for, value times scale.
     """
     if isinstance(params, QuantizedWeight):
-        return to_float64(params.values) * to_float64(params.scales)
+        numbers = to_float64(params.values) * to_float64(params.scales)[..., None]
+        return np.moveaxis(numbers, -1, params.axis)
     if isinstance(params, dict):
         return {name: to_float64(value) for name, value in params.items()}
     if isinstance(params, list):
@@ -109,7 +110,7 @@ def scores_of(
         entries: position and projection `x_s WkI` `[index_dim]` of each.
     """
     qr = rms_norm(x @ weights["wqa"], weights["q_norm"], config.norm_eps)
-    w = x @ weights["index_ww"] * config.index_heads**-0.5 * config.index_dim**-0.5
+    w = weights["index_ww"] @ x * config.index_heads**-0.5 * config.index_dim**-0.5
     scores = np.zeros(len(entries))
     for i, (s, projection) in enumerate(entries):
         key = layer_norm(projection, weights["index_k_norm"], weights["index_k_bias"])

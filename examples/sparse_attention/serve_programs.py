@@ -30,12 +30,12 @@ from examples.sparse_attention.config import CONFIGS, Config
 from examples.sparse_attention.pieces import rms_norm
 from examples.sparse_attention.selection import Selector
 
-# Products per index head of one block of candidates. While decoding, small enough for the L2 cache
-# of an H100 (50 MB), so that reducing them over heads does not go through memory. No smaller: as
-# soon as the keys are sliced, XLA converts them from fp8 in a kernel of its own, not inside the
-# product. In prefill, with its many rows, so large that launching kernels does not take longer than
-# running them.
-DECODE_BLOCK_BYTES = 32 * 2**20
+# Products per index head that exist at a time. While decoding, enough for whole sequences of 128K:
+# as soon as the keys of one are sliced, XLA converts them from fp8 in a kernel of its own, not
+# inside the product, and that costs more than reducing products that do not fit the L2 cache. In
+# prefill, with its many rows, so large that launching kernels does not take longer than running
+# them.
+DECODE_BLOCK_BYTES = 256 * 2**20
 PREFILL_BLOCK_BYTES = 512 * 2**20
 FREE = "free"
 LAX = "lax"
@@ -46,7 +46,7 @@ class Setting:
     """Static sizes of the programs of one batch size.
 
     Attributes:
-        config: sizes of the model, with blocks of candidates that fit the batch.
+        config: sizes of the model, with blocks of candidates and sequences that bound memory.
         batch: requests decoded together.
         width: positions in the static cache.
         prefill_buffer: positions of the buffer in which a prompt is computed, a multiple of
@@ -88,9 +88,14 @@ def new_setting(
 ) -> Setting:
     """The sizes of one batch size; see `Setting`."""
     config = CONFIGS[config_name]
-    block = block_of(config, batch, width // config.compression, DECODE_BLOCK_BYTES)
+    block = block_of(config, 1, width // config.compression, DECODE_BLOCK_BYTES)
+    sequences = DECODE_BLOCK_BYTES // (4 * config.index_heads * block)
     config = dataclasses.replace(
-        config, num_layers=layers, vocab_size=vocab_size, index_block=block
+        config,
+        num_layers=layers,
+        vocab_size=vocab_size,
+        index_block=block,
+        index_sequences=max(sequences, 1),
     )
     return Setting(config, batch, width, prefill_buffer, prefill_rows)
 
