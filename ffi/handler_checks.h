@@ -17,9 +17,9 @@ namespace ffi = xla::ffi;
 
 using Dimensions = ffi::AnyBuffer::Dimensions;
 
-// The parts of a sentence as text. Numbers do not go through a stream: on machines with JAX's CUDA
-// plugin (jax 0.11.2, g++ 13) every message that wrote a number to one ended in a segmentation
-// fault, with either target, and none that did not.
+// The parts of a sentence as text. Numbers do not go through a stream: on a machine whose g++ links
+// libstdc++ statically, with JAX's CUDA plugin, every message that wrote a number to one ended in a
+// segmentation fault, and none that did not. See the link options in CMakeLists.txt.
 inline std::string ToText(const char* text) { return text; }
 inline std::string ToText(const std::string& text) { return text; }
 inline std::string ToText(int64_t number) { return std::to_string(number); }
