@@ -147,15 +147,14 @@ inline void SendAsync(uint32_t remote, uint4 value, uint32_t remote_barrier) {
 // The values that all lanes of the calling thread's warp deposited; all 32 lanes must call.
 const uint32_t* WarpExchange(uint32_t value);
 inline uint32_t WarpBroadcast(uint32_t value, int lane) { return WarpExchange(value)[lane & 31]; }
-inline uint32_t WarpShiftUp(uint32_t value, int delta);
-inline uint32_t WarpAddShifted(int lane, uint32_t value, int delta) {
-  const uint32_t other = WarpShiftUp(value, delta);
-  return lane >= delta ? value + other : value;
-}
 inline uint32_t WarpShiftUp(uint32_t value, int delta) {
   const uint32_t* lanes = WarpExchange(value);
   const int lane = ThreadIndex() & 31;
   return lanes[lane >= delta ? lane - delta : lane];
+}
+inline uint32_t WarpAddShifted(int lane, uint32_t value, int delta) {
+  const uint32_t other = WarpShiftUp(value, delta);
+  return lane >= delta ? value + other : value;
 }
 inline uint32_t WarpBallot(bool predicate) {
   const uint32_t* lanes = WarpExchange(predicate);
