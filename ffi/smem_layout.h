@@ -68,16 +68,14 @@ constexpr int64_t NextPowerOfTwo(int64_t value) {
   return power;
 }
 
-// The rings of tiles while a row is streamed, and behind them a byte for every vector of a tile.
+// The rings of tiles while a row is streamed.
 constexpr int64_t TileRingBytes(int num_stages) { return num_stages * kMaxTileBytes; }
-inline constexpr int64_t kHitBytes = int64_t{kThreads} * kMaxVectors;
 
 struct SmemLayout {
   int64_t bins;  // uint32[kBins]
   int64_t a;
   int64_t b;
   int32_t num_chunks;  // of the list
-  int64_t hits;        // from the start of A
   int64_t own;         // from the start of the candidates: uint32[list_capacity], or the output
   int64_t total_bytes;
 };
@@ -95,10 +93,8 @@ constexpr SmemLayout MakeSmemLayout(int cluster_size, int num_stages, int64_t li
   SmemLayout layout{};
   layout.num_chunks = static_cast<int32_t>(NumChunks(list_capacity));
   layout.bins = kHeaderBytes;
-  layout.hits = TileRingBytes(num_stages);
   layout.a = AlignUp(layout.bins + kBinsBytes, 128);
-  layout.b =
-      layout.a + AlignUp(larger(TileRingBytes(num_stages) + kHitBytes, candidates_bytes), 128);
+  layout.b = layout.a + AlignUp(larger(TileRingBytes(num_stages), candidates_bytes), 128);
   // Behind the histograms of the cluster too: a CTA may still collect keys for a bracket that a
   // peer has found wrong.
   layout.own = own_offset;

@@ -189,7 +189,7 @@ __device__ __forceinline__ void SelectStreamedRow(Cta& cta, const TopKArgs& args
   if (cta.num_active > 1) JoinCluster(cta);
   Sample<T> sample(cta.thread, window);
   StreamSource<T> source{
-      window, MakeListPool(cta, args.layout), MakeWarpPart(cta, part), {}, output.flip, nullptr};
+      window, MakeListPool(cta, args.layout), MakeWarpPart(cta, part), {}, {}, output.flip, nullptr};
   StartStream<T>(cta, window, source.warp.part, args.num_stages);
   PlaceCandidates(cta, args, /*has_list=*/true);
   SyncThreads();  // the cleared histogram before its use
@@ -204,13 +204,14 @@ __device__ __forceinline__ void SelectStreamedRow(Cta& cta, const TopKArgs& args
     FilterStream<T>(cta, window, source.pool, args.num_stages, source.bracket, output.flip,
                     &source.warp);
     if (cta.lane == 0) cta.header->warp_chunks[cta.warp] = source.warp.NumChunks();
-    sums = SumOverWarps(cta, make_uint2(source.warp.counts.certain, source.warp.counts.open), 0);
+    source.counts = CountStretch(source.warp, source.bracket);
+    sums = SumOverWarps(cta, make_uint2(source.counts.certain, source.counts.open), 0);
     counts = PartCounts{sums.total.x, sums.total.y};
     SendCounts(cta, counts, attempt);
     row = ReceiveCounts(cta, counts, attempt);
     if (!Unlikely(!IsProved(source.bracket, row, k, capacity)) || !CanNarrow(args, attempt)) break;
     source.bracket = NarrowBracket<T>(cta, window, part, output.flip, k, capacity - k,
-                                      LearnFromFailure<T>(source.bracket, row, k, window.length));
+                                      LearnFromStream<T>(source.bracket, row, k, capacity, window.length));
     source.warp = MakeWarpPart(cta, part);
     StartStream<T>(cta, window, source.warp.part, args.num_stages);
     if (cta.thread == 0) cta.header->num_chunks = 0;

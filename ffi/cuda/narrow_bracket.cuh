@@ -36,6 +36,16 @@ __device__ __forceinline__ KnownBracket LearnFromFailure(const Bracket& guess, c
   return {guess, row.certain, row.open};
 }
 
+// The same of streamed parts, which know less where something did not fit, see CountStretch.
+template <typename T>
+__device__ __forceinline__ KnownBracket LearnFromStream(const Bracket& guess, const RowCounts& row,
+                                                        uint32_t k, uint32_t capacity,
+                                                        uint32_t length) {
+  const uint32_t reached = row.certain + row.open;
+  if (!guess.IsSingleKey() && reached > capacity) return {{guess.lowest, T::kMaxKey}, 0, reached};
+  return LearnFromFailure<T>(guess, row, k, length);
+}
+
 template <typename T>
 __device__ __forceinline__ Bracket NarrowBracket(Cta& cta, const RowWindow& window,
                                                  const Part& part, uint32_t flip, uint32_t k,

@@ -47,6 +47,15 @@ struct KeyOrder {
       return i % 2 == 0 ? pair & 0xffffu : pair >> 16;
     }
   }
+  // An element's bits at the upper end of a word, above anything.
+  __device__ __forceinline__ static uint32_t UpperElement(const uint4& vector, int i) {
+    if constexpr (kBits == 32) {
+      return Element(vector, i);
+    } else {
+      const uint32_t pair = Halves(vector, i / 2);
+      return i % 2 == 0 ? pair << 16 : pair;
+    }
+  }
   // The upper 16 bits of elements 2 i and 2 i + 1.
   __device__ __forceinline__ static uint32_t Halves(const uint4& vector, int i) {
     if constexpr (kBits == 32) {
@@ -69,19 +78,6 @@ struct KeyTest {
 
   __device__ __forceinline__ KeyTest(uint32_t compared_key, uint32_t flip)
       : key(compared_key), mask(flip ^ (compared_key & T::kSign ? T::kSign : T::kMaxKey)) {}
-  // Whether some element of the vector is at least the key.
-  __device__ __forceinline__ bool SomeAtLeast(const uint4& vector) const {
-    if constexpr (T::kBits == 32) {
-      return max(max(vector.x ^ mask, vector.y ^ mask), max(vector.z ^ mask, vector.w ^ mask)) >=
-             key;
-    } else {
-      const uint32_t both = mask | mask << 16;
-      const uint32_t highest =
-          MaxUnsignedHalves(MaxUnsignedHalves(vector.x ^ both, vector.y ^ both),
-                            MaxUnsignedHalves(vector.z ^ both, vector.w ^ both));
-      return max(highest & 0xffffu, highest >> 16) >= key;
-    }
-  }
 };
 
 // Coarse bins split the whole key range into kBins monotone bins: 32 per octave, for float32 and

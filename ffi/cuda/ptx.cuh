@@ -107,6 +107,14 @@ __device__ __forceinline__ uint32_t AppendCarry(uint32_t bits, uint32_t a, uint3
   return bits;
 }
 
+// bits |= bit if word >= bound: two instructions.
+__device__ __forceinline__ void SetIfAtLeast(uint32_t* bits, uint32_t bit, int32_t word,
+                                             int32_t bound) {
+  asm("{\n\t.reg .pred p;\n\tsetp.ge.s32 p, %1, %2;\n\t@p or.b32 %0, %0, %3;\n\t}"
+      : "+r"(*bits)
+      : "r"(word), "r"(bound), "r"(bit));
+}
+
 // Approximate, a few units in the last place: for guesses that are verified.
 __device__ __forceinline__ float FastDivide(float a, float b) { return __fdividef(a, b); }
 __device__ __forceinline__ float FastSquareRoot(float a) { return a * rsqrtf(a); }
@@ -122,9 +130,6 @@ __device__ __forceinline__ uint32_t SignsOfHalves(uint32_t halves) {
   uint32_t signs;
   asm("prmt.b32 %0, %1, 0, 0xbb99;" : "=r"(signs) : "r"(halves));
   return signs;
-}
-__device__ __forceinline__ uint32_t MaxUnsignedHalves(uint32_t a, uint32_t b) {
-  return __vmaxu2(a, b);
 }
 // max(a + b, c) and min(a, b) of signed halves.
 __device__ __forceinline__ uint32_t AddMaxHalves(uint32_t a, uint32_t b, uint32_t c) {

@@ -11,10 +11,9 @@
 // could fill any memory. Those that are selected, the lowest positions, are read again when the
 // output is written.
 //
-// Few elements of a tile are kept. A first look at each vector's largest element finds the vectors
-// that hold some; these are numbered and dealt out, one to a lane, so that what follows is done
-// once for 32 of them. Order without sorting: lane l looks at consecutive vectors first, so a scan
-// of counts numbers them by position, and another scan gives every kept element its place.
+// Order without sorting: lane l owns consecutive vectors of a tile, so one scan of the lanes' counts
+// gives every kept element its place. A single comparison per element decides what is kept; where
+// it stands against the bracket's upper end is asked of kept elements alone.
 
 #ifndef JAX_TOPK_CUDA_STREAM_PART_CUH_
 #define JAX_TOPK_CUDA_STREAM_PART_CUH_
@@ -33,21 +32,21 @@ struct ListPool {
   uint2* entries;    // (key, position), kChunkEntries in a chunk; position kNoPosition: no entry
   uint32_t* labels;  // of each chunk: the warp, and << 8 how many chunks of the warp come before
   uint32_t num_chunks;
-  unsigned char* hits;  // scratch, a byte for every vector of a tile
 };
 constexpr uint32_t kNoPosition = 0xffffffffu;
 
 __device__ __forceinline__ ListPool MakeListPool(const Cta& cta, const SmemLayout& layout) {
   const uint32_t num_chunks = static_cast<uint32_t>(layout.num_chunks);
   uint32_t* labels = reinterpret_cast<uint32_t*>(cta.list + num_chunks * kChunkEntries);
-  return ListPool{cta.list, labels, num_chunks, cta.tiles + layout.hits};
+  return ListPool{cta.list, labels, num_chunks};
 }
 
-// What one warp found in its stretch; the same in all lanes.
+// What one warp found in its stretch; but for num_open the same in all lanes.
 struct WarpPart {
   Part part;
-  PartCounts counts;
-  uint32_t num_listed;
+  uint32_t num_kept;
+  uint32_t num_open;    // met by this lane: among kept elements, or ties that are not kept
+  uint32_t num_listed;  // all that is kept, or what came before something that did not fit
   uint32_t last_chunk;
   bool is_full;  // something did not fit
 
@@ -133,90 +132,63 @@ __device__ __forceinline__ uint32_t TakeChunks(const Cta& cta, const ListPool& p
   return taken;
 }
 
-// Appends the kept elements of 32 vectors, of which the lanes hold one each in ascending position,
-// to the warp's list. `position`: of the vector's first element.
+// Appends the elements of the lanes' runs that `kept` names to the warp's list, and counts those
+// whose key is at most `highest_open`.
 template <typename T>
-__device__ __forceinline__ void AppendVectors(const Cta& cta, const ListPool& pool,
-                                              const uint4& vector, const RunMasks& masks,
-                                              int32_t position, bool keeps_open, uint32_t flip,
-                                              WarpPart* warp) {
-  // Both counts in one scan.
-  const uint32_t packed = __popc(masks.certain) | __popc(masks.open) << 16;
-  const uint32_t inclusive = WarpInclusiveSum(cta.lane, packed);
+__device__ __forceinline__ void AppendRuns(const Cta& cta, const ListPool& pool, const Run& run,
+                                           uint32_t kept, uint32_t highest_open, uint32_t flip,
+                                           WarpPart* warp) {
+  const uint32_t count = __popc(kept);
+  const uint32_t inclusive = WarpInclusiveSum(cta.lane, count);
   const uint32_t total = WarpBroadcast(inclusive, 31);
-  const uint32_t before = inclusive - packed;
-  warp->counts.certain += total & 0xffffu;
-  warp->counts.open += total >> 16;
-  uint32_t kept = masks.certain;
-  uint32_t place = before & 0xffffu, num_kept = total & 0xffffu;
-  if (keeps_open) {
-    kept |= masks.open;
-    place += before >> 16;
-    num_kept += total >> 16;
-  }
-  if (num_kept == 0 || warp->is_full) return;
-  const uint32_t taken = TakeChunks(cta, pool, num_kept, warp);
+  if (total == 0) return;
+  warp->num_kept += total;
+  if (warp->is_full) return;
+  const uint32_t taken = TakeChunks(cta, pool, total, warp);
   if (warp->is_full) return;
   const uint32_t had = warp->NumChunks();
-  place += warp->num_listed;
-#pragma unroll
-  for (int i = 0; i < T::kPerVector; ++i) {
-    if ((kept >> i & 1) == 0) continue;
-    const uint32_t turn = place / kChunkEntries;
-    const uint32_t chunk = turn < had ? warp->last_chunk : taken + (turn - had);
-    pool.entries[chunk * kChunkEntries + place % kChunkEntries] =
-        make_uint2(T::Key(T::Element(vector, i), flip), static_cast<uint32_t>(position + i));
+  // Entry p of the list lies in the last chunk so far, or in one of those taken, which are
+  // neighbours: at p of one of two stretches of memory.
+  uint2* old_entries = pool.entries + static_cast<int32_t>(warp->last_chunk + 1 - had) * kChunkEntries;
+  uint2* new_entries = pool.entries + static_cast<int32_t>(taken - had) * kChunkEntries;
+  uint32_t place = warp->num_listed + inclusive - count;
+#pragma unroll 1
+  for (; kept != 0; kept &= kept - 1) {
+    const int32_t i = __ffs(kept) - 1;
+    const uint32_t key = KeyInRun<T>(run, i, flip);
+    if (key <= highest_open) ++warp->num_open;
+    (place < had * kChunkEntries ? old_entries : new_entries)[place] =
+        make_uint2(key, static_cast<uint32_t>(run.position + i));
     ++place;
   }
-  warp->num_listed += num_kept;
+  warp->num_listed += total;
   const uint32_t has = warp->NumChunks();
   if (has > had) warp->last_chunk = taken + (has - had) - 1;
 }
 
-// Appends the kept elements of one tile, whose first vector is `first`, to the warp's list.
+// Appends what is kept of one tile, whose first vector is `first`, to the warp's list.
 template <typename T>
 __device__ __forceinline__ void FilterWarpTile(const Cta& cta, const RowWindow& window,
                                                const ListPool& pool, const unsigned char* tile,
                                                int32_t first, const Bracket& bracket, uint32_t flip,
                                                WarpPart* warp) {
-  const MaskBuilder<T> none(bracket, flip);
-  const uint4* vectors = reinterpret_cast<const uint4*>(tile);
-  const int32_t own = cta.lane * T::kMaxVectors;
-  uint32_t hits = 0;
-#pragma unroll
-  for (int v = 0; v < T::kMaxVectors; ++v) {
-    if (none.lowest.SomeAtLeast(LoadShared(vectors + own + v))) hits |= 1u << v;
+  const Run run =
+      MakeRun<T>(cta.lane, window, first, warp->part.last, T::kMaxVectors, tile);
+  if (Unlikely(bracket.IsSingleKey())) {
+    const RunMasks masks = MakeMasks<T>(run, bracket, flip);
+    warp->num_open += __popc(masks.open);
+    AppendRuns<T>(cta, pool, run, masks.certain, 0, flip, warp);
+    return;
   }
-  hits &= LowBits(warp->part.last - first - own);  // the rest of the tile holds no vector
-  const uint32_t num_hits = __popc(hits);
-  const uint32_t inclusive = WarpInclusiveSum(cta.lane, num_hits);
-  const uint32_t total = WarpBroadcast(inclusive, 31);
-  if (total == 0) return;
-  uint32_t place = inclusive - num_hits;
-  unsigned char* numbers = pool.hits + cta.warp * kWarpTile<T>;
-#pragma unroll 1
-  for (; hits != 0; hits &= hits - 1) {
-    numbers[place++] = static_cast<unsigned char>(own + __ffs(hits) - 1);
-  }
-  SyncWarp();  // the numbers before their reads
-#pragma unroll 1
-  for (uint32_t turn = 0; turn < total; turn += 32) {
-    uint4 vector = make_uint4(0, 0, 0, 0);
-    RunMasks masks{0, 0};
-    int32_t index = 0;
-    if (turn + cta.lane < total) {
-      const int32_t number = numbers[turn + cta.lane];
-      vector = LoadShared(vectors + number);
-      index = first + number;
-      MaskBuilder<T> builder = none;
-      builder.template Prepend<false>(vector);
-      masks = builder.Masks(ValidInVector(window, index, T::kPerVector));
-    }
-    // Unsigned: near a width of 2^31 the position of what is not valid does not fit an int32.
-    const uint32_t position = static_cast<uint32_t>(index) * T::kPerVector - window.skew;
-    AppendVectors<T>(cta, pool, vector, masks, static_cast<int32_t>(position),
-                     !bracket.IsSingleKey(), flip, warp);
-  }
+  AppendRuns<T>(cta, pool, run, AtLeast<T>(run, bracket.lowest, flip), bracket.highest, flip, warp);
+}
+
+// The counts of a warp's finished stretch. Where something did not fit, all that is kept counts as
+// open: no more is known, and the bracket is given up.
+__device__ __forceinline__ PartCounts CountStretch(const WarpPart& warp, const Bracket& bracket) {
+  const uint32_t open = WarpSum(warp.num_open);
+  if (bracket.IsSingleKey()) return PartCounts{warp.num_kept, open};
+  return warp.is_full ? PartCounts{0, warp.num_kept} : PartCounts{warp.num_kept - open, open};
 }
 
 // Filters a warp's stretch whose first tiles StartStream has started. In: the header's num_chunks

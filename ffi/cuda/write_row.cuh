@@ -247,6 +247,7 @@ struct StreamSource {
   const RowWindow& window;
   ListPool pool;
   WarpPart warp;
+  PartCounts counts;  // of the warp's stretch
   Bracket bracket;
   uint32_t flip;
   const uint32_t* open_keys;
@@ -269,9 +270,9 @@ struct StreamSource {
   __device__ __forceinline__ void VisitOnlyKey(const Cta& cta, uint32_t ties_left,
                                                Emit emit) const {
     const uint2 before =
-        SumOverWarps(cta, make_uint2(warp.counts.certain, warp.counts.open), 1).before;
+        SumOverWarps(cta, make_uint2(counts.certain, counts.open), 1).before;
     const uint32_t ties_before = min(before.y, ties_left);
-    const uint32_t ties = min(warp.counts.open, ties_left - ties_before);
+    const uint32_t ties = min(counts.open, ties_left - ties_before);
     const uint32_t first = before.x + ties_before;
     const uint32_t num_done = ties == 0 ? 0 : VisitTies(cta, ties, first, emit);
     // The rest of the warp's list comes behind its last tie.

@@ -107,9 +107,6 @@ uint32_t OnHalves(uint32_t a, uint32_t b, uint32_t c, Operation operation) {
 inline uint32_t SignsOfHalves(uint32_t halves) {
   return OnHalves(halves, 0, 0, [](int a, int, int) { return a < 0 ? -1 : 0; });
 }
-inline uint32_t MaxUnsignedHalves(uint32_t a, uint32_t b) {
-  return max(a & 0xffffu, b & 0xffffu) | max(a & 0xffff0000u, b & 0xffff0000u);
-}
 inline uint32_t AddMaxHalves(uint32_t a, uint32_t b, uint32_t c) {
   return OnHalves(a, b, c, [](int x, int y, int z) { return x + y > z ? x + y : z; });
 }
@@ -125,6 +122,9 @@ struct SharedCursor {
 };
 template <typename V>
 void ComputeHere(V*&) {}
+inline void SetIfAtLeast(uint32_t* bits, uint32_t bit, int32_t word, int32_t bound) {
+  if (word >= bound) *bits |= bit;
+}
 inline uint32_t AppendCarry(uint32_t bits, uint32_t a, uint32_t b) {
   return 2 * bits + (a + b < a);
 }
