@@ -51,9 +51,9 @@ inline constexpr int kChunkEntries = 32;
 constexpr int64_t NumChunks(int64_t list_capacity) {
   return (list_capacity + kChunkEntries - 1) / kChunkEntries + kWarps;
 }
-// An entry is a key and a position; a chunk has a label, see ListPool.
+// An entry is a key and a position; a chunk has a label and a place in their order, see ListPool.
 constexpr int64_t ListBytes(int64_t list_capacity) {
-  return NumChunks(list_capacity) * (kChunkEntries * 8 + 4);
+  return NumChunks(list_capacity) * (kChunkEntries * 8 + 8);
 }
 
 inline constexpr int64_t kHeaderBytes = 2048;

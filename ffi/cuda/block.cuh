@@ -54,7 +54,7 @@ struct SharedHeader {
   uint32_t crowd;                // of the fullest bin while pairs are sorted
   uint4 found[2];                // as RankBin
   uint2 warp_sums[2][kWarps];    // see SumOverWarps
-  uint32_t warp_chunks[kWarps];  // of each warp's list
+  uint32_t warp_listed[kWarps];  // entries of each warp's list
   uint32_t warp_totals[2][kWarps];
   uint32_t bin_totals[kBinThreads / 32];
   alignas(16) uint32_t finalists[kMaxFinalists];  // zero where there is none
@@ -68,7 +68,7 @@ struct Cta {
   SharedHeader* header;
   uint32_t* bins;        // [kBins], all zero between uses, and a spare bin behind them
   unsigned char* tiles;  // area A
-  uint2* list;           // area B: (key, position) of kept elements
+  unsigned char* list;   // area B: kept elements, see ListPool
   unsigned char* sums;   // area B: histograms of the cluster
   uint32_t* gathered;    // candidate keys of the whole row
   unsigned char* own;    // own candidate keys, later the staged output or the pairs to sort
@@ -85,7 +85,7 @@ __device__ __forceinline__ Cta MakeCta(const TopKArgs& args) {
   cta.header = reinterpret_cast<SharedHeader*>(shared);
   cta.bins = reinterpret_cast<uint32_t*>(shared + args.layout.bins);
   cta.tiles = shared + args.layout.a;
-  cta.list = reinterpret_cast<uint2*>(shared + args.layout.b);
+  cta.list = shared + args.layout.b;
   cta.sums = shared + args.layout.b;
   cta.thread = ThreadIndex();
   cta.lane = cta.thread & 31;

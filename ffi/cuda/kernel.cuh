@@ -203,11 +203,12 @@ __device__ __forceinline__ void SelectStreamedRow(Cta& cta, const TopKArgs& args
   for (uint32_t attempt = 0;; ++attempt) {
     FilterStream<T>(cta, window, source.pool, args.num_stages, source.bracket, output.flip,
                     &source.warp);
-    if (cta.lane == 0) cta.header->warp_chunks[cta.warp] = source.warp.NumChunks();
+    if (cta.lane == 0) cta.header->warp_listed[cta.warp] = source.warp.num_listed;
     source.counts = CountStretch(source.warp, source.bracket);
     sums = SumOverWarps(cta, make_uint2(source.counts.certain, source.counts.open), 0);
     counts = PartCounts{sums.total.x, sums.total.y};
     SendCounts(cta, counts, attempt);
+    OrderChunks(cta, source.pool);
     row = ReceiveCounts(cta, counts, attempt);
     if (!Unlikely(!IsProved(source.bracket, row, k, capacity)) || !CanNarrow(args, attempt)) break;
     source.bracket = NarrowBracket<T>(cta, window, part, output.flip, k, capacity - k,
@@ -218,7 +219,8 @@ __device__ __forceinline__ void SelectStreamedRow(Cta& cta, const TopKArgs& args
     SyncThreads();  // the reset before the next lists
   }
   if (!source.bracket.IsSingleKey()) {
-    ExtractOpenKeys(cta, source.pool, source.bracket.highest);
+    SyncThreads();  // the order of the chunks before its reads
+    CopyOpenKeys(cta, source.pool, source.bracket.highest);
     PadOpenKeys(cta, counts.open);
     SyncThreads();  // own open keys before their reads
   }

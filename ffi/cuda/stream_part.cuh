@@ -2,9 +2,10 @@
 //
 // Each warp streams a stretch of the part by itself, through its own ring of tiles in area A, so
 // that no barrier of the CTA stands between two tiles. Elements at or above the bracket go to the
-// warp's list as (key, position) in ascending position. The lists share area B in chunks of 32
+// warp's list, keys and positions, in ascending position. The lists share area B in chunks of 32
 // entries, taken from a common counter, so that any distribution of the elements over the warps
-// fits. Counts are exact whatever happens to the memory that keeps the elements; what does not fit
+// fits. Once all lists are complete, their chunks are put in order, and the entries are dealt to the
+// threads, a few consecutive ones each. Counts are exact whatever happens to the memory that keeps the elements; what does not fit
 // is counted but not stored, and the caller gives up the bracket then.
 //
 // The ties of a bracket that is a single key are counted and not kept: a plateau of equal values
@@ -27,18 +28,21 @@
 
 namespace jax_topk {
 
-// The lists of all warps of a CTA.
+// The lists of all warps of a CTA, in chunks of kChunkEntries.
 struct ListPool {
-  uint2* entries;    // (key, position), kChunkEntries in a chunk; position kNoPosition: no entry
+  uint32_t* keys;
+  uint32_t* positions;
   uint32_t* labels;  // of each chunk: the warp, and << 8 how many chunks of the warp come before
+  uint32_t* order;   // of all lists, one behind the other: the chunk, and << 16 its entries
   uint32_t num_chunks;
 };
-constexpr uint32_t kNoPosition = 0xffffffffu;
 
 __device__ __forceinline__ ListPool MakeListPool(const Cta& cta, const SmemLayout& layout) {
   const uint32_t num_chunks = static_cast<uint32_t>(layout.num_chunks);
-  uint32_t* labels = reinterpret_cast<uint32_t*>(cta.list + num_chunks * kChunkEntries);
-  return ListPool{cta.list, labels, num_chunks};
+  uint32_t* keys = reinterpret_cast<uint32_t*>(cta.list);
+  uint32_t* positions = keys + num_chunks * kChunkEntries;
+  uint32_t* labels = positions + num_chunks * kChunkEntries;
+  return ListPool{keys, positions, labels, labels + num_chunks, num_chunks};
 }
 
 // What one warp found in its stretch; but for num_open the same in all lanes.
@@ -147,18 +151,19 @@ __device__ __forceinline__ void AppendRuns(const Cta& cta, const ListPool& pool,
   const uint32_t taken = TakeChunks(cta, pool, total, warp);
   if (warp->is_full) return;
   const uint32_t had = warp->NumChunks();
-  // Entry p of the list lies in the last chunk so far, or in one of those taken, which are
-  // neighbours: at p of one of two stretches of memory.
-  uint2* old_entries = pool.entries + static_cast<int32_t>(warp->last_chunk + 1 - had) * kChunkEntries;
-  uint2* new_entries = pool.entries + static_cast<int32_t>(taken - had) * kChunkEntries;
+  // An entry's place in the list tells its place in the pool, by one shift for the last chunk so far
+  // and one for those taken, which are neighbours. Unsigned: a shift may be negative.
+  const uint32_t old_shift = (warp->last_chunk + 1 - had) * kChunkEntries;
+  const uint32_t new_shift = (taken - had) * kChunkEntries;
   uint32_t place = warp->num_listed + inclusive - count;
 #pragma unroll 1
   for (; kept != 0; kept &= kept - 1) {
     const int32_t i = __ffs(kept) - 1;
     const uint32_t key = KeyInRun<T>(run, i, flip);
     if (key <= highest_open) ++warp->num_open;
-    (place < had * kChunkEntries ? old_entries : new_entries)[place] =
-        make_uint2(key, static_cast<uint32_t>(run.position + i));
+    const uint32_t entry = place + (place < had * kChunkEntries ? old_shift : new_shift);
+    pool.keys[entry] = key;
+    pool.positions[entry] = static_cast<uint32_t>(run.position + i);
     ++place;
   }
   warp->num_listed += total;
@@ -216,23 +221,6 @@ __device__ __forceinline__ void FilterStream(const Cta& cta, const RowWindow& wi
     slot = slot + 1 == num_stages ? 0 : slot + 1;
   }
   CopyAsyncWait<0>();
-  // No entries in the rest of the last chunk.
-  const uint32_t in_last = warp->num_listed % kChunkEntries;
-  if (in_last != 0 && static_cast<uint32_t>(cta.lane) >= in_last) {
-    pool.entries[warp->last_chunk * kChunkEntries + cta.lane] = make_uint2(0, kNoPosition);
-  }
-}
-
-// Calls visit(key, position, chunk) for this warp's share of the chunks of all lists, in no order;
-// lane l sees entry l. Long lists of few warps are dealt out like any others.
-template <typename Visit>
-__device__ __forceinline__ void VisitChunks(const Cta& cta, const ListPool& pool, Visit visit) {
-  const uint32_t num_taken = min(cta.header->num_chunks, pool.num_chunks);
-#pragma unroll 1
-  for (uint32_t chunk = cta.warp; chunk < num_taken; chunk += kWarps) {
-    const uint2 entry = pool.entries[chunk * kChunkEntries + cta.lane];
-    visit(entry.x, entry.y, chunk);
-  }
 }
 
 // Sums over the CTA's warps.
@@ -254,32 +242,93 @@ __device__ __forceinline__ WarpPrefix SumOverWarps(const Cta& cta, uint2 of_warp
   return prefix;
 }
 
-// Copies the open keys of all lists to cta.own, in any order. In: complete lists, ordered by a
-// barrier; the header's num_own is zero. Ends without a barrier.
-__device__ __forceinline__ void ExtractOpenKeys(const Cta& cta, const ListPool& pool,
-                                                uint32_t highest_open) {
-  uint32_t* own = reinterpret_cast<uint32_t*>(cta.own);
-  VisitChunks(cta, pool, [&](uint32_t key, uint32_t position, uint32_t) {
-    const bool is_open = position != kNoPosition && key <= highest_open;
-    const uint32_t lanes = WarpBallot(is_open);
-    uint32_t place = 0;
-    if (cta.lane == 0) place = atomicAdd(&cta.header->num_own, __popc(lanes));
-    place = WarpBroadcast(place, 0) + __popc(lanes & LowBits(cta.lane));
-    if (is_open) own[place] = key;
-  });
+__device__ __forceinline__ uint32_t NumChunksTaken(const Cta& cta, const ListPool& pool) {
+  return min(cta.header->num_chunks, pool.num_chunks);
 }
 
-// Where the lists stand when they are put one behind the other, warp by warp.
-struct ListOrder {
-  uint32_t first_chunk;  // of the list of the warp whose number is the lane's
-  uint32_t num_chunks;
+// Puts the chunks in order. In: complete lists and the header's warp_listed, ordered by a barrier.
+// Ends without one.
+__device__ __forceinline__ void OrderChunks(const Cta& cta, const ListPool& pool) {
+  const uint32_t listed = cta.lane < kWarps ? cta.header->warp_listed[cta.lane] : 0;
+  const uint32_t own_chunks = (listed + kChunkEntries - 1) / kChunkEntries;
+  const uint32_t first_of_list = WarpInclusiveSum(cta.lane, own_chunks) - own_chunks;
+  const uint32_t num_taken = NumChunksTaken(cta, pool);
+#pragma unroll 1
+  for (uint32_t first = 32 * cta.warp; first < num_taken; first += kThreads) {
+    const uint32_t chunk = first + static_cast<uint32_t>(cta.lane);
+    const uint32_t label = chunk < num_taken ? pool.labels[chunk] : 0;
+    const int warp = static_cast<int>(label & 0xffu);
+    const uint32_t turn = label >> 8;
+    const uint32_t place = WarpBroadcast(first_of_list, warp) + turn;
+    const uint32_t rest = WarpBroadcast(listed, warp) - turn * kChunkEntries;
+    if (chunk < num_taken) {
+      pool.order[place] = chunk | min(rest, uint32_t{kChunkEntries}) << 16;
+    }
+  }
+}
+
+// A thread's entries in one round over the lists: consecutive ones, as bits.
+constexpr uint32_t kEntriesPerThread = 8;
+constexpr uint32_t kThreadsPerChunk = kChunkEntries / kEntriesPerThread;
+constexpr uint32_t kChunksPerRound = kThreads / kThreadsPerChunk;
+
+struct Entries {
+  uint32_t first;  // in the pool
+  uint32_t valid;
+  uint32_t keys[kEntriesPerThread];
+
+  // In: `pool.order`, ordered by a barrier.
+  __device__ __forceinline__ Entries(const Cta& cta, const ListPool& pool, uint32_t first_chunk)
+      : first(0), valid(0), keys{} {
+    const uint32_t thread = static_cast<uint32_t>(cta.thread);
+    const uint32_t turn = first_chunk + thread / kThreadsPerChunk;
+    if (turn >= NumChunksTaken(cta, pool)) return;
+    const uint32_t chunk = pool.order[turn];
+    const uint32_t offset = thread % kThreadsPerChunk * kEntriesPerThread;
+    first = (chunk & 0xffffu) * kChunkEntries + offset;
+    valid = LowBits(static_cast<int32_t>(chunk >> 16)) >> offset & LowBits(kEntriesPerThread);
+    Load(pool.keys, keys);
+  }
+  __device__ __forceinline__ void Load(const uint32_t* from, uint32_t* to) const {
+    const uint4* vectors = reinterpret_cast<const uint4*>(from + first);
+#pragma unroll
+    for (uint32_t v = 0; v < kEntriesPerThread / 4; ++v) {
+      const uint4 vector = LoadShared(vectors + v);
+      to[4 * v] = vector.x;
+      to[4 * v + 1] = vector.y;
+      to[4 * v + 2] = vector.z;
+      to[4 * v + 3] = vector.w;
+    }
+  }
+  // Those for which test(key), as bits.
+  template <typename Test>
+  __device__ __forceinline__ uint32_t Where(Test test) const {
+    uint32_t bits = 0;
+#pragma unroll
+    for (uint32_t i = 0; i < kEntriesPerThread; ++i) bits |= test(keys[i]) ? 1u << i : 0;
+    return bits & valid;
+  }
 };
 
-// In: the warps' numbers of chunks in the header, ordered by a barrier. By whole warps.
-__device__ __forceinline__ ListOrder OrderLists(const Cta& cta) {
-  const uint32_t own = cta.lane < kWarps ? cta.header->warp_chunks[cta.lane] : 0;
-  const uint32_t inclusive = WarpInclusiveSum(cta.lane, own);
-  return ListOrder{inclusive - own, WarpBroadcast(inclusive, 31)};
+// Copies the open keys of all lists to cta.own, in any order. In: chunks in order, ordered by a
+// barrier; the header's num_own is zero. Ends without a barrier.
+__device__ __forceinline__ void CopyOpenKeys(const Cta& cta, const ListPool& pool,
+                                             uint32_t highest_open) {
+  uint32_t* own = reinterpret_cast<uint32_t*>(cta.own);
+#pragma unroll 1
+  for (uint32_t turn = 0; turn < NumChunksTaken(cta, pool); turn += kChunksPerRound) {
+    const Entries entries(cta, pool, turn);
+    const uint32_t open = entries.Where([&](uint32_t key) { return key <= highest_open; });
+    const uint32_t count = __popc(open);
+    const uint32_t inclusive = WarpInclusiveSum(cta.lane, count);
+    uint32_t place = 0;
+    if (cta.lane == 31) place = atomicAdd(&cta.header->num_own, inclusive);
+    place = WarpBroadcast(place, 31) + inclusive - count;
+#pragma unroll
+    for (uint32_t i = 0; i < kEntriesPerThread; ++i) {
+      if (open >> i & 1) own[place++] = entries.keys[i];
+    }
+  }
 }
 
 }  // namespace jax_topk

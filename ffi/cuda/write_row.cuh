@@ -252,25 +252,22 @@ struct StreamSource {
   uint32_t flip;
   const uint32_t* open_keys;
 
-  // Calls emit(place, key, position) for selected elements until all of the CTA's are; `place`
-  // counts from the CTA's first. Three barriers.
+  // Calls emit(place, key, position) for the CTA's selected elements; `place` counts from the CTA's
+  // first. Returns how many there are. Barriers.
   template <typename Emit>
-  __device__ __forceinline__ void VisitSelected(Cta& cta, const Selection& selection,
-                                                Emit emit) const {
-    if (selection.is_only_key) {
-      VisitOnlyKey(cta, selection.TiesLeft(), emit);
-    } else {
-      VisitByPivot(cta, selection, emit);
-    }
+  __device__ __forceinline__ uint32_t VisitSelected(Cta& cta, const Selection& selection,
+                                                    Emit emit) const {
+    return selection.is_only_key ? VisitOnlyKey(cta, selection.TiesLeft(), emit)
+                                 : VisitByPivot(cta, selection, emit);
   }
 
  private:
   // Every listed element is greater than the only key of the bracket, whose ties are read again.
   template <typename Emit>
-  __device__ __forceinline__ void VisitOnlyKey(const Cta& cta, uint32_t ties_left,
-                                               Emit emit) const {
-    const uint2 before =
-        SumOverWarps(cta, make_uint2(counts.certain, counts.open), 1).before;
+  __device__ __forceinline__ uint32_t VisitOnlyKey(const Cta& cta, uint32_t ties_left,
+                                                   Emit emit) const {
+    const WarpPrefix sums = SumOverWarps(cta, make_uint2(counts.certain, counts.open), 1);
+    const uint2 before = sums.before;
     const uint32_t ties_before = min(before.y, ties_left);
     const uint32_t ties = min(counts.open, ties_left - ties_before);
     const uint32_t first = before.x + ties_before;
@@ -279,59 +276,49 @@ struct StreamSource {
     uint2* rests = cta.header->warp_sums[0];
     if (cta.lane == 0) rests[cta.warp] = make_uint2(first + ties, num_done);
     SyncThreads();  // the warps' rests before their reads
-    VisitChunks(cta, pool, [&](uint32_t key, uint32_t position, uint32_t chunk) {
+#pragma unroll 1
+    for (uint32_t chunk = cta.warp; chunk < NumChunksTaken(cta, pool); chunk += kWarps) {
       const uint32_t label = pool.labels[chunk];
       const uint2 rest = rests[label & 0xffu];
       const uint32_t turn = (label >> 8) * kChunkEntries + cta.lane;
-      if (position != kNoPosition && turn >= rest.y) {
-        emit(rest.x + turn, key, static_cast<int32_t>(position));
+      const uint32_t entry = chunk * kChunkEntries + cta.lane;
+      if (turn >= rest.y && turn < cta.header->warp_listed[label & 0xffu]) {
+        emit(rest.x + turn, pool.keys[entry], static_cast<int32_t>(pool.positions[entry]));
       }
-    });
+    }
+    return sums.total.x + min(sums.total.y, ties_left);
   }
 
   template <typename Emit>
-  __device__ __forceinline__ void VisitByPivot(Cta& cta, const Selection& selection,
-                                               Emit emit) const {
-    const ListOrder order = OrderLists(cta);
-    const auto turn_of = [&](uint32_t chunk) {
-      const uint32_t label = pool.labels[chunk];
-      return WarpBroadcast(order.first_chunk, static_cast<int>(label & 0xffu)) + (label >> 8);
-    };
-    // Of each chunk: greater than the pivot, and equal << 16; then the sums of those before.
-    // In place of the histogram; lists with more chunks than bins would not fit shared memory.
-    uint32_t* counts = cta.bins;
-    VisitChunks(cta, pool, [&](uint32_t key, uint32_t position, uint32_t chunk) {
-      const bool is_entry = position != kNoPosition;
-      const uint32_t greater = WarpBallot(is_entry && key > selection.pivot);
-      const uint32_t equal = WarpBallot(is_entry && key == selection.pivot);
-      const uint32_t turn = turn_of(chunk);
-      if (cta.lane == 0) counts[turn] = __popc(greater) | __popc(equal) << 16;
-    });
-    SyncThreads();  // counts before their reads
-    uint32_t before = 0;
-#pragma unroll 1
-    for (uint32_t first = 0; first < order.num_chunks; first += kThreads) {
-      const uint32_t turn = first + static_cast<uint32_t>(cta.thread);
-      const Scan scan = BlockScan(cta, turn < order.num_chunks ? counts[turn] : 0);
-      if (turn < order.num_chunks) counts[turn] = before + scan.before;
-      before += scan.total;
-    }
-    SyncThreads();  // sums before their reads
+  __device__ __forceinline__ uint32_t VisitByPivot(Cta& cta, const Selection& selection,
+                                                   Emit emit) const {
     const uint32_t ties_left = selection.TiesLeft();
-    VisitChunks(cta, pool, [&](uint32_t key, uint32_t position, uint32_t chunk) {
-      const uint32_t sums = counts[turn_of(chunk)];
-      const bool is_entry = position != kNoPosition;
-      const bool is_equal = is_entry && key == selection.pivot;
-      const uint32_t equal = WarpBallot(is_equal);
-      const uint32_t ties_before = (sums >> 16) + __popc(equal & LowBits(cta.lane));
-      const bool is_selected =
-          (is_entry && key > selection.pivot) || (is_equal && ties_before < ties_left);
-      const uint32_t lanes = WarpBallot(is_selected);
-      if (is_selected) {
-        emit((sums & 0xffffu) + min(sums >> 16, ties_left) + __popc(lanes & LowBits(cta.lane)), key,
-             static_cast<int32_t>(position));
+    uint32_t before = 0;  // greater than the pivot, and equal << 16
+#pragma unroll 1
+    for (uint32_t turn = 0; turn < NumChunksTaken(cta, pool); turn += kChunksPerRound) {
+      const Entries entries(cta, pool, turn);
+      const uint32_t greater =
+          entries.Where([&](uint32_t key) { return key > selection.pivot; });
+      uint32_t equal = entries.Where([&](uint32_t key) { return key == selection.pivot; });
+      const Scan scan = BlockScan(cta, __popc(greater) | __popc(equal) << 16);
+      const uint32_t sums = before + scan.before;
+      before += scan.total;
+      const uint32_t equal_before = sums >> 16;
+      const uint32_t room = ties_left > equal_before ? ties_left - equal_before : 0;
+      const uint32_t num_equal = __popc(equal);
+      if (Unlikely(num_equal > room)) equal = DropLastBits(equal, num_equal - room);
+      const uint32_t selected = greater | equal;
+      uint32_t positions[kEntriesPerThread] = {};
+      if (selected != 0) entries.Load(pool.positions, positions);
+      uint32_t place = (sums & 0xffffu) + min(equal_before, ties_left);
+#pragma unroll
+      for (uint32_t i = 0; i < kEntriesPerThread; ++i) {
+        if (selected >> i & 1) {
+          emit(place++, entries.keys[i], static_cast<int32_t>(positions[i]));
+        }
       }
-    });
+    }
+    return (before & 0xffffu) + min(before >> 16, ties_left);
   }
 
   // Vectors that a lane reads at once.
@@ -440,13 +427,39 @@ __device__ __forceinline__ void SortAndStore(Cta& cta, int count, const RowOutpu
                });
 }
 
+// Selected elements of a CTA on their way to the output.
+struct Staging {
+  int32_t* positions;
+  uint32_t* keys;  // if there are values
+
+  __device__ __forceinline__ Staging(const Cta& cta, int32_t k)
+      : positions(reinterpret_cast<int32_t*>(cta.own)),
+        keys(reinterpret_cast<uint32_t*>(cta.own) + k) {}
+
+  // Writes `count` of them, to the output's places from `first` on. One barrier.
+  template <typename T>
+  __device__ __forceinline__ void Store(const Cta& cta, uint32_t count, uint32_t first,
+                                        const RowOutput<T>& output) const {
+    SyncThreads();  // staged output before its reads
+#pragma unroll 1
+    for (uint32_t i = cta.thread; i < count; i += kThreads) {
+      output.indices[first + i] = positions[i];
+    }
+    if (Unlikely(output.values != nullptr)) {
+#pragma unroll 1
+      for (uint32_t i = cta.thread; i < count; i += kThreads) {
+        output.StoreBits(static_cast<int32_t>(first + i), T::Bits(keys[i], output.flip));
+      }
+    }
+  }
+};
+
 // Writes this CTA's selected elements in ascending position, by way of shared memory.
 template <typename T>
 __device__ __forceinline__ void StageAndStore(const Cta& cta, const TileSource<T>& source,
                                               const Place& place, const RowOutput<T>& output) {
   constexpr int kPerStep = T::kPerVector;
-  int32_t* positions = reinterpret_cast<int32_t*>(cta.own);
-  uint32_t* keys = reinterpret_cast<uint32_t*>(cta.own) + output.k;
+  const Staging staging(cta, output.k);
   uint32_t at = place.local;
   // A few elements per step, so that dense selections take few steps; gaps are skipped.
 #pragma unroll 1
@@ -456,27 +469,17 @@ __device__ __forceinline__ void StageAndStore(const Cta& cta, const TileSource<T
     first += gap;
 #pragma unroll
     for (uint32_t i = 0; i < kPerStep; ++i) {
-      if (left >> i & 1) positions[at++] = source.Position(first + i);
+      if (left >> i & 1) staging.positions[at++] = source.Position(first + i);
     }
   }
   if (Unlikely(output.values != nullptr)) {
     at = place.local;
 #pragma unroll 1
     for (uint32_t left = place.selected; left != 0; left &= left - 1) {
-      keys[at++] = source.Key(__ffs(left) - 1);
+      staging.keys[at++] = source.Key(__ffs(left) - 1);
     }
   }
-  SyncThreads();  // staged output before its reads
-#pragma unroll 1
-  for (uint32_t i = cta.thread; i < place.count; i += kThreads) {
-    output.indices[place.base + i] = positions[i];
-  }
-  if (Unlikely(output.values != nullptr)) {
-#pragma unroll 1
-    for (uint32_t i = cta.thread; i < place.count; i += kThreads) {
-      output.StoreBits(static_cast<int32_t>(place.base + i), T::Bits(keys[i], output.flip));
-    }
-  }
+  staging.Store(cta, place.count, place.base, output);
 }
 
 // Writes the selected elements of a tile; of a sorted row, the first CTA writes all. In: candidates
@@ -500,17 +503,21 @@ __device__ __forceinline__ void WriteRow(Cta& cta, const TileSource<T>& source,
   SortAndStore(cta, static_cast<int>(selection.count), output);
 }
 
-// The same for a streamed part. The selected elements of a chunk are neighbours in the output, so
-// that they are stored at once.
+// The same for a streamed part.
 template <typename T>
 __device__ __forceinline__ void WriteRow(Cta& cta, const StreamSource<T>& source,
                                          const Selection& selection, bool is_sorted,
                                          const RowOutput<T>& output) {
   const uint32_t first = selection.Before();
   if (!Unlikely(is_sorted)) {
-    source.VisitSelected(cta, selection, [&](uint32_t place, uint32_t key, int32_t position) {
-      output.Store(static_cast<int32_t>(first + place), key, position);
-    });
+    const Staging staging(cta, output.k);
+    const bool has_values = output.values != nullptr;
+    const uint32_t count = source.VisitSelected(
+        cta, selection, [&](uint32_t place, uint32_t key, int32_t position) {
+          staging.positions[place] = position;
+          if (Unlikely(has_values)) staging.keys[place] = key;
+        });
+    staging.Store(cta, count, first, output);
     return;
   }
   const PairSink sink(cta, first, selection.count);
