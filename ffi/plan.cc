@@ -113,17 +113,12 @@ std::string PlanLaunch(const Problem& problem, const DeviceLimits& limits,
   plan->path = overrides.path;
   plan->part_elements = overrides.part_elements > 0 ? overrides.part_elements : kPartElements;
 
-  // The largest power of two of CTAs per row that leaves every CTA an SM to itself, but no more
-  // CTAs than the widest possible row can use. Clusters of more than two must fit into a GPC, and
-  // two that meet in one share SMs unless the device is half empty: the slowest row then takes
-  // longer than with half as many CTAs. A pair is worth while even where two CTAs share an SM: rows
-  // of 16 K to 32 K then stay in shared memory, and the longest of mixed rows takes half the time.
+  // The most CTAs per row that leave every CTA an SM to itself, but no more than the widest possible
+  // row can use. Where two CTAs share an SM the slowest row takes longer than with fewer CTAs.
   int cluster = 1;
-  while (cluster * 2 <= limits.max_cluster_size && cluster * 2 <= kMaxClusterSize &&
-         cluster * 2 <= limits.num_sms &&
-         problem.rows * cluster * 2 <= (cluster == 1 ? 2 * limits.num_sms : limits.num_sms / 2) &&
-         int64_t{cluster} * plan->part_elements < problem.width) {
-    cluster *= 2;
+  for (int size = 2; size <= std::min(limits.max_cluster_size, kMaxClusterSize); ++size) {
+    const bool fits = problem.rows <= limits.resident_clusters[size - 1];
+    if (fits && int64_t{size - 1} * plan->part_elements < problem.width) cluster = size;
   }
   if (overrides.cluster_size > 0) {
     if (overrides.cluster_size > limits.max_cluster_size) {

@@ -4,8 +4,10 @@
 #define JAX_TOPK_PLAN_BINDING_H_
 
 #include <nanobind/nanobind.h>
+#include <nanobind/stl/array.h>
 #include <nanobind/stl/string.h>
 
+#include <array>
 #include <stdexcept>
 #include <string>
 
@@ -50,10 +52,16 @@ inline void BindPlan(nanobind::module_& module) {
       [](int64_t rows, int64_t width, int64_t k, const std::string& dtype, bool is_sorted,
          nb::dict limits, const std::string& overrides) {
         const Problem problem{rows, width, k, ParseDTypeOrThrow(dtype), is_sorted};
-        const DeviceLimits device{nb::cast<int>(limits["num_sms"]),
-                                  nb::cast<int64_t>(limits["smem_per_block_bytes"]),
-                                  nb::cast<int64_t>(limits["smem_per_sm_bytes"]),
-                                  nb::cast<int>(limits["max_cluster_size"])};
+        DeviceLimits device{nb::cast<int>(limits["num_sms"]),
+                            nb::cast<int64_t>(limits["smem_per_block_bytes"]),
+                            nb::cast<int64_t>(limits["smem_per_sm_bytes"]),
+                            nb::cast<int>(limits["max_cluster_size"])};
+        if (limits.contains("resident_clusters")) {
+          device.resident_clusters =
+              nb::cast<std::array<int, kMaxClusterSize>>(limits["resident_clusters"]);
+        } else {
+          AssumeOneGroup(&device);
+        }
         PlanOverrides parsed;
         LaunchPlan plan;
         std::string error = ParsePlanOverrides(overrides, &parsed);
@@ -64,8 +72,9 @@ inline void BindPlan(nanobind::module_& module) {
       nb::arg("rows"), nb::arg("width"), nb::arg("k"), nb::arg("dtype"), nb::arg("sorted"),
       nb::arg("limits"), nb::arg("overrides") = "",
       "Plans the CUDA launch for static shapes and device limits (a dict with num_sms, "
-      "smem_per_block_bytes, smem_per_sm_bytes, max_cluster_size). Raises ValueError with a "
-      "sentence where no launch can be planned.");
+      "smem_per_block_bytes, smem_per_sm_bytes, max_cluster_size, and, if the device's groups of "
+      "SMs are to be respected, resident_clusters: 16 counts by cluster size). Raises ValueError "
+      "with a sentence where no launch can be planned.");
 }
 
 }  // namespace jax_topk

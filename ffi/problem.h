@@ -5,9 +5,12 @@
 #ifndef JAX_TOPK_PROBLEM_H_
 #define JAX_TOPK_PROBLEM_H_
 
+#include <array>
 #include <cstdint>
 
 namespace jax_topk {
+
+inline constexpr int kMaxClusterSize = 16;
 
 enum class DType : int { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2 };
 
@@ -29,7 +32,18 @@ struct DeviceLimits {
   int64_t smem_per_block_bytes = 0;  // largest dynamic shared memory of one block (opt-in)
   int64_t smem_per_sm_bytes = 0;
   int max_cluster_size = 1;
+  // Of each size from 1 on: clusters that run together with an SM for every CTA. The CTAs of a
+  // cluster lie in one of the device's groups of SMs (GPCs), which have more or fewer of them.
+  std::array<int, kMaxClusterSize> resident_clusters{};
 };
+
+// The most clusters that a device could run together, if it were one group of SMs.
+inline void AssumeOneGroup(DeviceLimits* limits) {
+  for (int size = 1; size <= kMaxClusterSize; ++size) {
+    limits->resident_clusters[size - 1] =
+        size == 1 || size <= limits->max_cluster_size ? limits->num_sms / size : 0;
+  }
+}
 
 }  // namespace jax_topk
 

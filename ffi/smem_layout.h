@@ -17,6 +17,8 @@
 
 #include <cstdint>
 
+#include "problem.h"
+
 namespace jax_topk {
 
 // Threads of one CTA. What all threads execute alike costs an SM half a cycle per warp and integer
@@ -24,7 +26,6 @@ namespace jax_topk {
 inline constexpr int kThreads = 384;
 inline constexpr int kWarps = kThreads / 32;
 inline constexpr int kVectorBytes = 16;  // one cp.async, one LDS.128
-inline constexpr int kMaxClusterSize = 16;
 
 // Bins of a histogram, eight for each of the threads that search it.
 inline constexpr int kBins = 2048;
@@ -39,6 +40,10 @@ inline constexpr int kMaxK = 4096;
 // most 32 elements, one bit each.
 inline constexpr int kMaxVectors = 7;
 inline constexpr int64_t kMaxTileBytes = int64_t{kThreads} * kMaxVectors * kVectorBytes;
+
+// A row of one CTA may have a larger tile, over the room of areas A and B.
+inline constexpr int kMaxLargeTurns = 11;  // vectors per thread
+inline constexpr int64_t kLargeTileBytes = int64_t{kThreads} * kMaxLargeTurns * kVectorBytes;
 
 // Room for the segments of a histogram that a CTA sums for its cluster: kBins / 4 vectors, rounded
 // up by at most one vector per CTA. Area B also carries these segments and their totals.
@@ -77,6 +82,7 @@ struct SmemLayout {
   int64_t b;
   int32_t num_chunks;  // of the list
   int64_t own;         // from the start of the candidates: uint32[list_capacity], or the output
+  bool has_large_tile;  // there is room for one, and for the output behind it
   int64_t total_bytes;
 };
 
@@ -102,6 +108,8 @@ constexpr SmemLayout MakeSmemLayout(int cluster_size, int num_stages, int64_t li
       layout.b + AlignUp(larger(larger(ListBytes(list_capacity), cluster_size == 1 ? 0 : kSumBytes),
                                 candidates_bytes),
                          128);
+  layout.has_large_tile =
+      layout.a + kLargeTileBytes + NextPowerOfTwo(k) * 8 <= layout.total_bytes;
   return layout;
 }
 

@@ -26,11 +26,10 @@ struct TopKArgs {
   bool is_sorted;  // best first; otherwise ascending index
   int32_t path;    // Path
   int32_t cluster_size;
-  int32_t cluster_mask;  // cluster_size - 1 if that is a power of two, else 0
-  int32_t server_shift;  // 2^server_shift rows in succession have CTAs of the same rank at work
   uint64_t cluster_reciprocal;  // 2^32 / cluster_size, rounded up
   int32_t num_stages;
   int32_t part_vectors;  // fewest vectors per CTA of a row that several share
+  bool uses_large_tile;  // for rows that one CTA takes
   int32_t list_capacity;
   SmemLayout layout;
 };
@@ -53,10 +52,6 @@ inline TopKArgs MakeArgs(const Problem& problem, const LaunchPlan& plan, bool is
   args.is_sorted = problem.is_sorted;
   args.path = static_cast<int32_t>(plan.path);
   args.cluster_size = plan.cluster_size;
-  args.cluster_mask =
-      (plan.cluster_size & (plan.cluster_size - 1)) == 0 ? plan.cluster_size - 1 : 0;
-  // Of pairs, about as many as a device has places for lie alike, of larger clusters neighbours.
-  args.server_shift = plan.cluster_size == 2 ? 6 : 0;
   args.cluster_reciprocal =
       ((uint64_t{1} << 32) + static_cast<uint64_t>(plan.cluster_size) - 1) / plan.cluster_size;
   args.num_stages = plan.num_stages;
@@ -64,6 +59,8 @@ inline TopKArgs MakeArgs(const Problem& problem, const LaunchPlan& plan, bool is
       AlignUp(plan.part_elements * ElementBytes(problem.dtype), kVectorBytes) / kVectorBytes);
   args.list_capacity = plan.list_capacity;
   args.layout = MakeSmemLayout(plan.cluster_size, plan.num_stages, plan.list_capacity, problem.k);
+  // Several CTAs are faster together than one with a large tile.
+  args.uses_large_tile = plan.cluster_size == 1 && args.layout.has_large_tile;
   return args;
 }
 

@@ -165,6 +165,7 @@ nb::dict DeviceLimitsDict(int device) {
   result["smem_per_block_bytes"] = limits.smem_per_block_bytes;
   result["smem_per_sm_bytes"] = limits.smem_per_sm_bytes;
   result["max_cluster_size"] = limits.max_cluster_size;
+  result["resident_clusters"] = limits.resident_clusters;
   return result;
 }
 

@@ -35,6 +35,7 @@ struct PartCounts {
 };
 
 constexpr int kMaxFinalists = 32;
+constexpr int kMaxCountWords = 3;  // see TurnCounts
 
 // Scalars that the threads of a CTA share. Lies at offset 0 of shared memory.
 struct SharedHeader {
@@ -54,6 +55,7 @@ struct SharedHeader {
   uint32_t crowd;                // of the fullest bin while pairs are sorted
   uint4 found[2];                // as RankBin
   uint2 warp_sums[2][kWarps];    // see SumOverWarps
+  uint32_t turn_sums[2][kMaxCountWords][kWarps];  // see TurnPlaces
   uint32_t warp_listed[kWarps];  // entries of each warp's list
   uint32_t warp_totals[2][kWarps];
   uint32_t bin_totals[kBinThreads / 32];

@@ -242,9 +242,6 @@ __device__ __forceinline__ void SelectRow(const TopKArgs& args) {
   const int64_t row = RowIndex();
   Cta cta = MakeCta(args);
   InitCta(cta);
-  // A row that needs one CTA is not always given to the first of its cluster: the clusters of an
-  // SM's two places mostly lie alike, and their first CTAs would share that SM.
-  const int server = args.cluster_mask & static_cast<int>(row >> args.server_shift);
   const unsigned char* row_begin =
       static_cast<const unsigned char*>(args.operand) + row * args.width * T::kBytes;
   RowOutput<T> output(args, row, T::SignFlip(args.is_smallest));
@@ -259,7 +256,7 @@ __device__ __forceinline__ void SelectRow(const TopKArgs& args) {
   const int32_t length = min(max(raw_length, 0), width - start);
   const bool is_copy = length <= args.k && !args.is_sorted;
   if (is_copy) {
-    if (cta.rank != server) return;
+    if (cta.rank != 0) return;
     CopyIndices(length, output.indices, args.k);
     if (output.values == nullptr) return;
   }
@@ -273,12 +270,14 @@ __device__ __forceinline__ void SelectRow(const TopKArgs& args) {
   constexpr int32_t kTileVectors = kThreads * T::kMaxVectors;
   const bool is_forced_short =
       args.path == static_cast<int>(Path::kShort) || window.length <= args.k;
+  const int32_t short_vectors = kThreads * (args.uses_large_tile ? kLargeTurns<T> : kMostTurns<T>);
   if ((args.path == static_cast<int>(Path::kAuto) || is_forced_short) &&
-      window.num_vectors <= kTileVectors) {
-    if (cta.rank != server) return;
-    cta.rank = 0;
+      window.num_vectors <= short_vectors) {
+    if (cta.rank != 0) return;
     if (window.num_vectors <= kThreads * kFewTurns<T>) {
       SelectShortRow<T, kFewTurns<T>>(cta, args, window, output);
+    } else if (window.num_vectors > kThreads * kMostTurns<T>) {
+      SelectShortRow<T, kLargeTurns<T>>(cta, args, window, output);
     } else if (kMiddleTurns<T> == kMostTurns<T> ||
                window.num_vectors > kThreads * kMiddleTurns<T>) {
       SelectShortRow<T, kMostTurns<T>>(cta, args, window, output);

@@ -93,6 +93,7 @@ std::string QueryDevice(int device, DeviceLimits* limits) {
   limits->smem_per_block_bytes = smem_per_block;
   limits->smem_per_sm_bytes = smem_per_sm;
   limits->max_cluster_size = 1;
+  AssumeOneGroup(limits);
   for (Kernel kernel : kKernels) {
     error =
         cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, smem_per_block);
@@ -114,6 +115,14 @@ std::string QueryDevice(int device, DeviceLimits* limits) {
   error = cudaOccupancyMaxPotentialClusterSize(&cluster_size, kKernels[0], &config);
   if (error != cudaSuccess) return Describe("asking for the largest cluster", error);
   limits->max_cluster_size = cluster_size < 1 ? 1 : cluster_size;
+  AssumeOneGroup(limits);
+  for (int size = 2; size <= limits->max_cluster_size; ++size) {
+    plan.cluster_size = size;
+    plan.num_ctas = size;
+    const cudaLaunchConfig_t of_size = MakeConfig(plan, false, nullptr, &attributes);
+    error = cudaOccupancyMaxActiveClusters(&limits->resident_clusters[size - 1], kKernels[0], &of_size);
+    if (error != cudaSuccess) return Describe("asking how many clusters run together", error);
+  }
   return "";
 }
 

@@ -1,7 +1,7 @@
 // Rows that one CTA's tile holds.
 //
 // The row is read once, into registers; a copy in shared memory serves the few elements that are
-// looked at by number. Threads take the vectors of the row in turns, and a tile has all its turns
+// looked at by number, and the turns for which there are no registers. Threads take the vectors of the row in turns, and a tile has all its turns
 // whatever the row's length, so that nothing branches between them: what lies outside the window
 // becomes the lowest key, which is never selected of a row of more than k (see SelectElements for
 // elements that have that key). All elements are counted, so the bracket and its counts are exact
@@ -36,14 +36,41 @@ template <typename T>
 constexpr int kMiddleTurns = T::kPerVector == 4 ? 6 : 3;
 template <typename T>
 constexpr int kMostTurns = T::kMaxVectors;
+// Of a tile that takes the room of the candidates too, where the launch has it to spare.
+template <typename T>
+constexpr int kLargeTurns = T::kPerVector == 4 ? kMaxLargeTurns : 6;
 
-// A thread's elements of the row: number i is element i % kPerVector of turn i / kPerVector.
+// A bit for each of a thread's elements: number i is element i % kPerVector of turn
+// i / kPerVector.
+template <typename T, int kTurns>
+struct TurnBits {
+  static constexpr int kTurnsPerWord = 32 / T::kPerVector;
+  static constexpr int kWords = (kTurns + kTurnsPerWord - 1) / kTurnsPerWord;
+  uint32_t words[kWords] = {};
+
+  __device__ __forceinline__ uint32_t OfTurn(int turn) const {
+    return words[turn / kTurnsPerWord] >> (turn % kTurnsPerWord * T::kPerVector) &
+           LowBits(T::kPerVector);
+  }
+  __device__ __forceinline__ void SetTurn(int turn, uint32_t bits) {
+    words[turn / kTurnsPerWord] |= bits << (turn % kTurnsPerWord * T::kPerVector);
+  }
+};
+
+// Where a thread's elements stand against a bracket.
+template <typename T, int kTurns>
+struct TurnMasks {
+  TurnBits<T, kTurns> certain;  // above it
+  TurnBits<T, kTurns> open;     // inside it
+};
+
+// A thread's elements of the row.
 template <typename T, int kTurns>
 struct ShortTile {
-  static constexpr int kElements = kTurns * T::kPerVector;
-  static_assert(kElements <= 32, "one bit per element");
+  static constexpr int kMaxHeld = T::kPerVector == 4 ? 7 : 4;
+  static constexpr int kHeldTurns = kTurns < kMaxHeld ? kTurns : kMaxHeld;  // in registers as well
 
-  uint4 vectors[kTurns];
+  uint4 vectors[kHeldTurns];
   uint4* slots;      // in shared memory: the thread's vector of turn 0; a turn is kThreads vectors
   int32_t position;  // of element 0, within the window; negative before its start
   int32_t length;    // of the window
@@ -58,48 +85,64 @@ struct ShortTile {
     if (Unlikely(window.leaves_operand)) {
       CopyTileAtEdge<T>(window, 0, window.num_vectors, cta.tiles);
 #pragma unroll
-      for (int turn = 0; turn < kTurns; ++turn) vectors[turn] = LoadShared(slots + turn * kThreads);
+      for (int turn = 0; turn < kHeldTurns; ++turn) {
+        vectors[turn] = LoadShared(slots + turn * kThreads);
+      }
       return;
     }
     const uint4* from = reinterpret_cast<const uint4*>(window.vectors) + cta.thread;
 #pragma unroll
     for (int turn = 0; turn < kTurns; ++turn) {
-      if (turn * kThreads + cta.thread < window.num_vectors) {
+      if (turn * kThreads + cta.thread >= window.num_vectors) continue;
+      if (turn < kHeldTurns) {
         vectors[turn] = LoadReadOnly(from + turn * kThreads);
+      } else {
+        CopyAsync16(slots + turn * kThreads, from + turn * kThreads);
       }
     }
+    if (kTurns > kHeldTurns) CopyAsyncCommit();
   }
 
-  // Replaces what lies outside the window, and copies the tile to shared memory.
+  // Replaces what lies outside the window, and completes the copy in shared memory.
   __device__ __forceinline__ void Settle(const Cta& cta, const RowWindow& window) {
     const uint32_t lowest = T::kPerVector == 4 ? T::Bits(0, flip) : BothHalves(T::Bits(0, flip));
+    const int32_t tail = (window.length + window.skew) % T::kPerVector;
+    const uint32_t valid = LowBits(tail);
+    // Vectors of the row behind the thread's first one.
+    const int32_t vectors_behind = window.num_vectors - 1 - cta.thread;
 #pragma unroll
-    for (int turn = 0; turn < kTurns; ++turn) {
-      if (turn * kThreads + cta.thread >= window.num_vectors) {
+    for (int turn = 0; turn < kHeldTurns; ++turn) {
+      if (turn * kThreads > vectors_behind) {
         vectors[turn] = make_uint4(lowest, lowest, lowest, lowest);
       }
     }
-    const int32_t tail = (window.length + window.skew) % T::kPerVector;
     if (tail != 0) {
-      const int32_t turns_before = window.num_vectors - 1 - cta.thread;
-      const uint32_t valid = LowBits(tail);
 #pragma unroll
-      for (int turn = 0; turn < kTurns; ++turn) {
-        if (turn * kThreads == turns_before) KeepValid(&vectors[turn], valid, lowest);
+      for (int turn = 0; turn < kHeldTurns; ++turn) {
+        if (turn * kThreads == vectors_behind) KeepValid(&vectors[turn], valid, lowest);
       }
     }
     if (Unlikely(window.skew != 0) && cta.thread == 0) {
       KeepValid(&vectors[0], ~LowBits(window.skew), lowest);
     }
 #pragma unroll
-    for (int turn = 0; turn < kTurns; ++turn) slots[turn * kThreads] = vectors[turn];
+    for (int turn = 0; turn < kHeldTurns; ++turn) slots[turn * kThreads] = vectors[turn];
+    if constexpr (kTurns > kHeldTurns) {
+      CopyAsyncWait<0>();
+#pragma unroll
+      for (int turn = kHeldTurns; turn < kTurns; ++turn) {
+        uint4* slot = slots + turn * kThreads;
+        if (turn * kThreads > vectors_behind) *slot = make_uint4(lowest, lowest, lowest, lowest);
+        if (tail != 0 && turn * kThreads == vectors_behind) KeepValid(slot, valid, lowest);
+      }
+    }
   }
 
   // Calls visit(vector, valid) for every vector.
   template <typename Visit>
   __device__ __forceinline__ void VisitAll(Visit visit) const {
 #pragma unroll
-    for (int turn = 0; turn < kTurns; ++turn) visit(vectors[turn], ~0u);
+    for (int turn = 0; turn < kTurns; ++turn) visit(Vector(turn), ~0u);
   }
 
   __device__ __forceinline__ int32_t Position(int i) const {
@@ -115,14 +158,30 @@ struct ShortTile {
   }
 
   // Where the elements stand against a bracket whose keys lie in one half of the order.
-  __device__ __forceinline__ RunMasks MasksOf(const Bracket& bracket) const {
-    MaskBuilder<T> builder(bracket, flip);
+  __device__ __forceinline__ TurnMasks<T, kTurns> MasksOf(const Bracket& bracket) const {
+    using Bits = TurnBits<T, kTurns>;
+    TurnMasks<T, kTurns> masks;
 #pragma unroll
-    for (int turn = kTurns - 1; turn >= 0; --turn) builder.template Prepend<true>(vectors[turn]);
-    return builder.Masks(LowBits(kElements));
+    for (int word = 0; word < Bits::kWords; ++word) {
+      const int first = word * Bits::kTurnsPerWord;
+      const int last = first + Bits::kTurnsPerWord < kTurns ? first + Bits::kTurnsPerWord : kTurns;
+      MaskBuilder<T> builder(bracket, flip);
+#pragma unroll
+      for (int turn = last - 1; turn >= first; --turn) {
+        builder.template Prepend<true>(Vector(turn));
+      }
+      const RunMasks of_word = builder.Masks(LowBits((last - first) * T::kPerVector));
+      masks.certain.words[word] = of_word.certain;
+      masks.open.words[word] = of_word.open;
+    }
+    return masks;
   }
 
  private:
+  __device__ __forceinline__ uint4 Vector(int turn) const {
+    return turn < kHeldTurns ? vectors[turn < kHeldTurns ? turn : 0]
+                             : LoadShared(slots + turn * kThreads);
+  }
   // Every element that `valid` does not name becomes the lowest key.
   __device__ __forceinline__ static void KeepValid(uint4* vector, uint32_t valid, uint32_t lowest) {
     if constexpr (T::kPerVector == 4) {
@@ -144,14 +203,13 @@ struct ShortTile {
   }
 };
 
-// Of a thread's elements, those that lie in the window, as bits. `position`: of the first element.
-template <typename T>
-__device__ __forceinline__ uint32_t ValidElements(int32_t position, int32_t length) {
-  uint32_t valid = 0;
-#pragma unroll 1
-  for (int turn = 0; turn < kMostTurns<T>; ++turn) {
-    const uint32_t of_turn = LowBits(min(length - position, T::kPerVector)) & ~LowBits(-position);
-    valid |= of_turn << (turn * T::kPerVector);
+// Of a thread's elements, those that lie in the window. `position`: of the first element.
+template <typename T, int kTurns>
+__device__ __forceinline__ TurnBits<T, kTurns> ValidElements(int32_t position, int32_t length) {
+  TurnBits<T, kTurns> valid;
+#pragma unroll
+  for (int turn = 0; turn < kTurns; ++turn) {
+    valid.SetTurn(turn, LowBits(min(length - position, T::kPerVector)) & ~LowBits(-position));
     position += kThreads * T::kPerVector;
   }
   return valid;
@@ -250,37 +308,35 @@ __device__ __forceinline__ Estimate NarrowCrowded(const Cta& cta, const ShortTil
 }
 
 // A thread's bits, counted by turn, in fields that hold the sum over a warp.
-template <typename T>
+template <typename T, int kTurns>
 struct TurnCounts {
   static constexpr int kFieldBits = 2 * T::kPerVector;
-  static constexpr int kFields = 32 / kFieldBits;  // turns per word
+  static constexpr int kFields = 32 / kFieldBits;  // turns per word: those of 16 elements
+  static constexpr int kWords = (kTurns + kFields - 1) / kFields;
   static_assert(32 * T::kPerVector < 1 << kFieldBits, "a field holds all of a warp's turn");
-  static_assert(2 * kFields >= kMostTurns<T>, "two words hold all turns");
-  uint32_t first, second;
+  static_assert(kWords <= kMaxCountWords, "the header holds the words of all warps");
+  uint32_t words[kWords];
 
-  __device__ __forceinline__ explicit TurnCounts(uint32_t bits) {
-    uint32_t x = bits - (bits >> 1 & 0x55555555u);
-    x = (x & 0x33333333u) + (x >> 2 & 0x33333333u);  // the sums of four bits
-    if constexpr (T::kPerVector == 4) {
-      first = SpreadNibbles(x & 0xffffu);
-      second = SpreadNibbles(x >> 16);
-    } else {
-      x = (x + (x >> 4)) & 0x0f0f0f0fu;
-      first = SpreadBytes(x & 0xffffu);
-      second = SpreadBytes(x >> 16);
+  __device__ __forceinline__ explicit TurnCounts(const TurnBits<T, kTurns>& bits) {
+#pragma unroll
+    for (int i = 0; i < kWords; i += 2) {
+      const uint32_t of_word = bits.words[i / 2];
+      uint32_t x = of_word - (of_word >> 1 & 0x55555555u);
+      x = (x & 0x33333333u) + (x >> 2 & 0x33333333u);  // the sums of four bits
+      if constexpr (T::kPerVector != 4) x = (x + (x >> 4)) & 0x0f0f0f0fu;
+      words[i] = Spread(x & 0xffffu);
+      if (i + 1 < kWords) words[i + 1] = Spread(x >> 16);
     }
   }
-  __device__ __forceinline__ uint32_t Of(int turn) const {
-    return (turn < kFields ? first : second) >> (turn % kFields * kFieldBits) & LowBits(kFieldBits);
+  __device__ __forceinline__ uint32_t OfField(int word, int field) const {
+    return words[word] >> (field * kFieldBits) & LowBits(kFieldBits);
   }
 
  private:
-  __device__ __forceinline__ static uint32_t SpreadBytes(uint32_t x) {
-    return (x | x << 8) & 0x00ff00ffu;
-  }
-  __device__ __forceinline__ static uint32_t SpreadNibbles(uint32_t x) {
-    x = SpreadBytes(x);
-    return (x | x << 4) & 0x0f0f0f0fu;
+  // Nibbles, or bytes, to the low ends of fields.
+  __device__ __forceinline__ static uint32_t Spread(uint32_t x) {
+    x = (x | x << 8) & 0x00ff00ffu;
+    return T::kPerVector == 4 ? (x | x << 4) & 0x0f0f0f0fu : x;
   }
 };
 
@@ -288,7 +344,7 @@ struct TurnCounts {
 // all. In words of two fields.
 template <typename T>
 struct FieldSums {
-  static constexpr int kWords = TurnCounts<T>::kFields / 2;
+  static constexpr int kWords = TurnCounts<T, 1>::kFields / 2;
   uint32_t before[kWords], total[kWords];
 
   // `word`: of warp `lane`; zero behind the last.
@@ -316,59 +372,55 @@ struct TurnPlaces {
   uint32_t of[kTurns];
 
   // `slot` 0 and 1 alternate between calls, so that one barrier serves.
-  __device__ __forceinline__ TurnPlaces(const Cta& cta, uint32_t bits, int slot) {
-    using Counts = TurnCounts<T>;
-    constexpr bool has_second = kTurns > Counts::kFields;
+  __device__ __forceinline__ TurnPlaces(const Cta& cta, const TurnBits<T, kTurns>& bits, int slot) {
+    using Counts = TurnCounts<T, kTurns>;
     const Counts own(bits);
     Counts before = own;
-    before.first = WarpInclusiveSum(cta.lane, own.first);
-    if (has_second) before.second = WarpInclusiveSum(cta.lane, own.second);
-    uint2* sums = cta.header->warp_sums[slot];
-    if (cta.lane == 31) sums[cta.warp] = make_uint2(before.first, before.second);
-    before.first -= own.first;
-    before.second -= own.second;
-    SyncThreads();  // the warps' sums before their reads
-    const uint2 of_warp = cta.lane < kWarps ? sums[cta.lane] : make_uint2(0, 0);
-    uint32_t start = Place(FieldSums<T>(cta, of_warp.x), before, 0, 0);
-    if (has_second) Place(FieldSums<T>(cta, of_warp.y), before, Counts::kFields, start);
-  }
-
- private:
-  // Fills the places of the turns of one word, of which the first begins at `start`; returns where
-  // those of the next word begin.
-  __device__ __forceinline__ uint32_t Place(const FieldSums<T>& sums, const TurnCounts<T>& before,
-                                            int first_turn, uint32_t start) {
 #pragma unroll
-    for (int field = 0; field < TurnCounts<T>::kFields; ++field) {
-      const int turn = first_turn + field;
-      if (turn >= kTurns) break;
-      of[turn] = start + sums.Before(field) + before.Of(turn);
-      start += sums.Total(field);
+    for (int i = 0; i < Counts::kWords; ++i) {
+      before.words[i] = WarpInclusiveSum(cta.lane, own.words[i]);
+      if (cta.lane == 31) cta.header->turn_sums[slot][i][cta.warp] = before.words[i];
+      before.words[i] -= own.words[i];
     }
-    return start;
+    SyncThreads();  // the warps' sums before their reads
+    uint32_t start = 0;
+#pragma unroll
+    for (int i = 0; i < Counts::kWords; ++i) {
+      const uint32_t of_warp = cta.lane < kWarps ? cta.header->turn_sums[slot][i][cta.lane] : 0;
+      const FieldSums<T> sums(cta, of_warp);
+#pragma unroll
+      for (int field = 0; field < Counts::kFields; ++field) {
+        const int turn = i * Counts::kFields + field;
+        if (turn >= kTurns) break;
+        of[turn] = start + sums.Before(field) + before.OfField(i, field);
+        start += sums.Total(field);
+      }
+    }
   }
 };
 
 // Of the bits of all threads, the `wanted` lowest by position.
 template <typename T, int kTurns>
-__device__ __forceinline__ uint32_t KeepFirst(const Cta& cta, uint32_t bits, uint32_t wanted) {
+__device__ __forceinline__ TurnBits<T, kTurns> KeepFirst(const Cta& cta,
+                                                         const TurnBits<T, kTurns>& bits,
+                                                         uint32_t wanted) {
   const TurnPlaces<T, kTurns> places(cta, bits, 1);
-  uint32_t kept = 0;
+  TurnBits<T, kTurns> kept;
 #pragma unroll
   for (int turn = 0; turn < kTurns; ++turn) {
-    const uint32_t of_turn = bits >> (turn * T::kPerVector) & LowBits(T::kPerVector);
+    const uint32_t of_turn = bits.OfTurn(turn);
     const uint32_t room = wanted > places.of[turn] ? wanted - places.of[turn] : 0;
     const uint32_t count = __popc(of_turn);
-    const uint32_t dropped = count > room ? count - room : 0;
-    kept |= DropLastBits(of_turn, dropped) << (turn * T::kPerVector);
+    kept.SetTurn(turn, DropLastBits(of_turn, count > room ? count - room : 0));
   }
   return kept;
 }
 
 // A thread's elements that are selected.
+template <typename T, int kTurns>
 struct ShortSelection {
-  uint32_t greater;   // than the k-th key, as bits
-  uint32_t equal;     // to it
+  TurnBits<T, kTurns> greater;  // than the k-th key
+  TurnBits<T, kTurns> equal;    // to it
   bool drops_ties;    // not all that are equal are selected
   uint32_t num_ties;  // but so many, the lowest positions first
 };
@@ -407,13 +459,13 @@ __device__ __forceinline__ void WriteSortedRow(Cta& cta, int32_t count, int32_t 
 // Writes the selected elements, `count` in all.
 template <typename T, int kTurns>
 __device__ __forceinline__ void WriteShortRow(Cta& cta, const ShortTile<T, kTurns>& tile,
-                                              const ShortSelection& selection, int32_t count,
-                                              int32_t skew, const TopKArgs& args,
+                                              const ShortSelection<T, kTurns>& selection,
+                                              int32_t count, int32_t skew, const TopKArgs& args,
                                               const RowOutput<T>& output) {
-  uint32_t bits = selection.greater | selection.equal;
-  if (Unlikely(selection.drops_ties)) {
-    bits = selection.greater | KeepFirst<T, kTurns>(cta, selection.equal, selection.num_ties);
-  }
+  TurnBits<T, kTurns> bits = selection.equal;
+  if (Unlikely(selection.drops_ties)) bits = KeepFirst(cta, bits, selection.num_ties);
+#pragma unroll
+  for (int word = 0; word < bits.kWords; ++word) bits.words[word] |= selection.greater.words[word];
   const TurnPlaces<T, kTurns> places(cta, bits, 0);
   int32_t* positions = reinterpret_cast<int32_t*>(cta.own) + (args.is_sorted ? args.k : 0);
 #pragma unroll
@@ -421,7 +473,7 @@ __device__ __forceinline__ void WriteShortRow(Cta& cta, const ShortTile<T, kTurn
     SharedCursor cursor(positions + places.of[turn]);
 #pragma unroll
     for (int i = turn * T::kPerVector; i < (turn + 1) * T::kPerVector; ++i) {
-      cursor.AppendIf(bits & 1u << i, tile.Position(i));
+      cursor.AppendIf(bits.words[i / 32] & 1u << i % 32, tile.Position(i));
     }
   }
   SyncThreads();  // the staged output before its reads
@@ -439,8 +491,8 @@ __device__ __forceinline__ void WriteShortRow(Cta& cta, const ShortTile<T, kTurn
 
 // What is selected of a row of more than k elements.
 template <typename T, int kTurns>
-__device__ __forceinline__ ShortSelection SelectElements(Cta& cta, const TopKArgs& args,
-                                                         const ShortTile<T, kTurns>& tile) {
+__device__ __forceinline__ ShortSelection<T, kTurns> SelectElements(
+    Cta& cta, const TopKArgs& args, const ShortTile<T, kTurns>& tile) {
   const uint32_t k = static_cast<uint32_t>(args.k);
   const uint32_t coarse_flip = CoarseFlip(tile.flip);
   tile.VisitAll([&](const uint4& vector, uint32_t valid) {
@@ -456,15 +508,18 @@ __device__ __forceinline__ ShortSelection SelectElements(Cta& cta, const TopKArg
     estimate = NarrowCrowded(cta, tile, estimate, k, open_limit);
   }
   const uint32_t rank = k - estimate.above;
-  const RunMasks masks = tile.MasksOf(estimate.bracket);
-  ShortSelection selection{masks.certain, masks.open, estimate.inside > rank, rank};
+  const TurnMasks<T, kTurns> masks = tile.MasksOf(estimate.bracket);
+  ShortSelection<T, kTurns> selection{masks.certain, masks.open, estimate.inside > rank, rank};
   uint32_t pivot_key = estimate.bracket.lowest;
   if (!Unlikely(estimate.bracket.IsSingleKey())) {
     uint32_t* own = reinterpret_cast<uint32_t*>(cta.own);
     PadOpenKeys(cta, estimate.inside);
+#pragma unroll
+    for (int word = 0; word < masks.open.kWords; ++word) {
 #pragma unroll 1
-    for (uint32_t open = masks.open; open != 0; open &= open - 1) {
-      own[atomicAdd(&cta.header->num_own, 1u)] = tile.Key(__ffs(open) - 1);
+      for (uint32_t open = masks.open.words[word]; open != 0; open &= open - 1) {
+        own[atomicAdd(&cta.header->num_own, 1u)] = tile.Key(32 * word + __ffs(open) - 1);
+      }
     }
     SyncThreads();  // the open keys before their reads
     const Candidates candidates{own, PadToVector(estimate.inside), 0};
@@ -472,18 +527,25 @@ __device__ __forceinline__ ShortSelection SelectElements(Cta& cta, const TopKArg
                                   ? RankInEveryWarp(cta, candidates, rank)
                                   : RankDirectly(cta, candidates, rank);
     pivot_key = pivot.key;
-    selection = ShortSelection{masks.certain, 0, pivot.num_equal > pivot.num_ties, pivot.num_ties};
+    selection.equal = TurnBits<T, kTurns>{};
+    selection.drops_ties = pivot.num_equal > pivot.num_ties;
+    selection.num_ties = pivot.num_ties;
+#pragma unroll
+    for (int word = 0; word < masks.open.kWords; ++word) {
 #pragma unroll 1
-    for (uint32_t open = masks.open; open != 0; open &= open - 1) {
-      const uint32_t bit = open & (0 - open);
-      const uint32_t key = tile.Key(__ffs(open) - 1);
-      if (key > pivot.key) selection.greater |= bit;
-      if (key == pivot.key) selection.equal |= bit;
+      for (uint32_t open = masks.open.words[word]; open != 0; open &= open - 1) {
+        const uint32_t bit = open & (0 - open);
+        const uint32_t key = tile.Key(32 * word + __ffs(open) - 1);
+        if (key > pivot.key) selection.greater.words[word] |= bit;
+        if (key == pivot.key) selection.equal.words[word] |= bit;
+      }
     }
   }
   // What lies outside the window has the lowest key, too.
   if (Unlikely(selection.drops_ties && pivot_key == 0)) {
-    selection.equal &= ValidElements<T>(tile.position, tile.length);
+    const auto valid = ValidElements<T, kTurns>(tile.position, tile.length);
+#pragma unroll
+    for (int word = 0; word < valid.kWords; ++word) selection.equal.words[word] &= valid.words[word];
   }
   return selection;
 }
@@ -495,12 +557,13 @@ __device__ __forceinline__ void SelectShortRow(Cta& cta, const TopKArgs& args,
                                                const RowOutput<T>& output) {
   ShortTile<T, kTurns> tile(cta, window, output.flip);
   PlaceCandidates(cta, args, /*has_list=*/false);
+  if (kTurns > kMostTurns<T>) cta.own = cta.tiles + kLargeTileBytes;
   SyncThreads();  // the cleared histogram before its use
   tile.Settle(cta, window);
   const bool selects_all = window.length <= args.k;
-  ShortSelection selection;
+  ShortSelection<T, kTurns> selection;
   if (Unlikely(selects_all)) {
-    selection = ShortSelection{ValidElements<T>(tile.position, tile.length), 0, false, 0};
+    selection = {ValidElements<T, kTurns>(tile.position, tile.length), {}, false, 0};
   } else {
     selection = SelectElements(cta, args, tile);
   }

@@ -2,8 +2,9 @@
 //
 // Counts the keys by 2048 even bins over their range, or by coarse bins if that spans too many
 // octaves, places every pair in its bin by an exclusive scan, and ranks it there among the few that
-// share the bin: six passes over the pairs and seven barriers, whatever k is. Where values crowd
-// into few bins a bitonic sort takes over, with log2(k)^2 / 2 steps of one barrier each.
+// share the bin: six passes over the pairs and eight barriers, whatever k is. In every pass a thread
+// handles several pairs at once, or it would do little but wait. Where values crowd into few bins a
+// bitonic sort takes over, with log2(k)^2 / 2 steps of one barrier each.
 
 #ifndef JAX_TOPK_CUDA_SORT_PAIRS_CUH_
 #define JAX_TOPK_CUDA_SORT_PAIRS_CUH_
@@ -26,6 +27,30 @@ constexpr uint32_t kWidestEven = 64u << 23;
 // A pair is (position, ~key): as a 64-bit number, ~key above position, ascending is best first.
 __device__ __forceinline__ bool IsBetter(const uint2& a, const uint2& b) {
   return a.y < b.y || (a.y == b.y && a.x < b.x);
+}
+
+// Pairs that a thread handles at once: all of them up to k = 2304.
+constexpr int kPairsAtOnce = 6;
+
+// Calls first(u, i) and then second(u, i) for a thread's numbers i below `count`, of which the u-th
+// is handled together with kPairsAtOnce - 1 others.
+template <typename First, typename Second>
+__device__ __forceinline__ void ForOwnPairs(const Cta& cta, int count, First first, Second second) {
+#pragma unroll 1
+  for (int begin = cta.thread; begin < count; begin += kPairsAtOnce * kThreads) {
+#pragma unroll
+    for (int u = 0; u < kPairsAtOnce; ++u) {
+      if (begin + u * kThreads < count) first(u, begin + u * kThreads);
+    }
+#pragma unroll
+    for (int u = 0; u < kPairsAtOnce; ++u) {
+      if (begin + u * kThreads < count) second(u, begin + u * kThreads);
+    }
+  }
+}
+template <typename Visit>
+__device__ __forceinline__ void ForOwnPairs(const Cta& cta, int count, Visit visit) {
+  ForOwnPairs(cta, count, visit, [](int, int) {});
 }
 
 // Sorts ascending in shared memory; `size` is a power of two. In and out: ordered by a barrier.
@@ -57,11 +82,10 @@ __device__ __forceinline__ Bracket KeyRange(Cta& cta, const uint2* pairs, int co
   }
   SyncThreads();  // the reset before the minima
   uint32_t lowest = 0xffffffffu, highest = 0;
-#pragma unroll 1
-  for (int i = cta.thread; i < count; i += kThreads) {
+  ForOwnPairs(cta, count, [&](int, int i) {
     lowest = min(lowest, ~pairs[i].y);
     highest = max(highest, ~pairs[i].y);
-  }
+  });
   lowest = WarpMin(lowest);
   highest = WarpMax(highest);
   if (cta.lane == 0) {
@@ -102,27 +126,21 @@ __device__ __forceinline__ uint32_t ScanBins(Cta& cta) {
   return cta.header->crowd;
 }
 
-// Calls store(rank, pair) for `count` pairs in ascending position, rank 0 being the best.
-// `spare` holds as many pairs. `pairs` has room for a power of two. In: pairs, and the last use of
-// the histogram and of `spare`, ordered by a barrier.
-template <typename T, typename Store>
-__device__ __forceinline__ void SortPairs(Cta& cta, uint2* pairs, uint2* spare, int count,
-                                          Store store) {
+// Sorts `count` pairs, which lie in ascending position, best first. `spare` holds as many pairs.
+// `pairs` has room for a power of two. In: pairs, and the last use of the histogram and of `spare`,
+// ordered by a barrier. Out: ordered by a barrier.
+template <typename T>
+__device__ __forceinline__ void SortPairs(Cta& cta, uint2* pairs, uint2* spare, int count) {
   if (count == 0) return;
   ClearBins(cta);
   const Bracket range = KeyRange(cta, pairs, count);
-  if (range.IsSingleKey()) {  // ties: in ascending position already
-#pragma unroll 1
-    for (int i = cta.thread; i < count; i += kThreads) store(i, pairs[i]);
-    return;
-  }
+  if (range.IsSingleKey()) return;  // ties: in ascending position already
   const LinearBins bins(range);
   const bool is_wide = range.highest - range.lowest > kWidestEven;
   const auto bin_of = [&](const uint2& pair) {
     return is_wide ? CoarseBinOfKey<T>(~pair.y) : bins.FromTop(~pair.y);
   };
-#pragma unroll 1
-  for (int i = cta.thread; i < count; i += kThreads) atomicAdd(&cta.bins[bin_of(pairs[i])], 1u);
+  ForOwnPairs(cta, count, [&](int, int i) { atomicAdd(&cta.bins[bin_of(pairs[i])], 1u); });
   SyncThreads();  // counts before the scan
   if (Unlikely(ScanBins(cta) > kMaxCrowd)) {
     const int size = count == 1 ? 1 : 1 << (32 - __clz(count - 1));
@@ -130,26 +148,34 @@ __device__ __forceinline__ void SortPairs(Cta& cta, uint2* pairs, uint2* spare, 
     for (int i = count + cta.thread; i < size; i += kThreads) pairs[i] = make_uint2(~0u, ~0u);
     SyncThreads();  // the padding before the sort
     SortBitonic(cta, pairs, size);
-#pragma unroll 1
-    for (int i = cta.thread; i < count; i += kThreads) store(i, pairs[i]);
     return;
   }
-#pragma unroll 1
-  for (int i = cta.thread; i < count; i += kThreads) {
-    spare[atomicAdd(&cta.bins[bin_of(pairs[i])], 1u)] = pairs[i];
-  }
+  uint2 own[kPairsAtOnce];
+  uint32_t places[kPairsAtOnce];
+  ForOwnPairs(
+      cta, count,
+      [&](int u, int i) {
+        own[u] = pairs[i];
+        places[u] = atomicAdd(&cta.bins[bin_of(own[u])], 1u);
+      },
+      [&](int u, int) { spare[places[u]] = own[u]; });
   SyncThreads();  // pairs in their bins, and the bins' ends, before their reads
-#pragma unroll 1
-  for (int i = cta.thread; i < count; i += kThreads) {
-    const uint2 pair = spare[i];
-    const uint32_t bin = bin_of(pair);
-    const uint32_t begin = bin == 0 ? 0 : cta.bins[bin - 1];
-    const uint32_t end = cta.bins[bin];
-    uint32_t rank = begin;
+  uint32_t ends[kPairsAtOnce];
+  ForOwnPairs(
+      cta, count,
+      [&](int u, int i) {
+        own[u] = spare[i];
+        const uint32_t bin = bin_of(own[u]);
+        places[u] = bin == 0 ? 0 : cta.bins[bin - 1];
+        ends[u] = cta.bins[bin];
+      },
+      [&](int u, int) {
+        uint32_t rank = places[u];
 #pragma unroll 4
-    for (uint32_t j = begin; j < end; ++j) rank += IsBetter(spare[j], pair);
-    store(static_cast<int>(rank), pair);
-  }
+        for (uint32_t j = places[u]; j < ends[u]; ++j) rank += IsBetter(spare[j], own[u]);
+        pairs[rank] = own[u];
+      });
+  SyncThreads();  // sorted pairs before their reads
 }
 
 }  // namespace jax_topk

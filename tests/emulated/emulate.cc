@@ -452,8 +452,9 @@ extern "C" int jax_topk_emulate(const void* operand, const int32_t* starts, cons
   using namespace jax_topk;
   const TopKBuffers buffers{operand, starts, lengths, values, indices};
   const Problem problem{rows, width, k, static_cast<DType>(dtype), is_sorted != 0};
-  const DeviceLimits device{static_cast<int>(limits[0]), limits[1], limits[2],
-                            static_cast<int>(limits[3])};
+  DeviceLimits device{static_cast<int>(limits[0]), limits[1], limits[2],
+                      static_cast<int>(limits[3])};
+  AssumeOneGroup(&device);
   const std::string message = RunRows(problem, device, overrides, buffers, is_smallest != 0,
                                       static_cast<Schedule>(schedule), seed);
   std::snprintf(error, error_bytes, "%s", message.c_str());
