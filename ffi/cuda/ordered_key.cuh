@@ -39,6 +39,10 @@ struct KeyOrder {
   __device__ __forceinline__ static uint32_t Bits(uint32_t key, uint32_t flip) {
     return (key & kSign ? key ^ kSign : key ^ kMaxKey) ^ flip;
   }
+  // The float32 that lies in the order of keys where the key does; for keys of 32 bits.
+  __device__ __forceinline__ static float OrderedValue(uint32_t key) {
+    return FloatOfBits(Bits(key, 0));
+  }
   __device__ __forceinline__ static uint32_t Element(const uint4& vector, int i) {
     if constexpr (kBits == 32) {
       return i == 0 ? vector.x : i == 1 ? vector.y : i == 2 ? vector.z : vector.w;

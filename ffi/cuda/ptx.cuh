@@ -115,6 +115,8 @@ __device__ __forceinline__ void SetIfAtLeast(uint32_t* bits, uint32_t bit, int32
       : "r"(word), "r"(bound), "r"(bit));
 }
 
+__device__ __forceinline__ float FloatOfBits(uint32_t bits) { return __uint_as_float(bits); }
+
 // Approximate, a few units in the last place: for guesses that are verified.
 __device__ __forceinline__ float FastDivide(float a, float b) { return __fdividef(a, b); }
 __device__ __forceinline__ float FastSquareRoot(float a) { return a * rsqrtf(a); }

@@ -1,10 +1,11 @@
 // Sorted output: a row's selected elements, best first, by one CTA.
 //
-// Counts the keys by 2048 even bins over their range, or by coarse bins if that spans too many
-// octaves, places every pair in its bin by an exclusive scan, and ranks it there among the few that
-// share the bin: six passes over the pairs and eight barriers, whatever k is. In every pass a thread
-// handles several pairs at once, or it would do little but wait. Where values crowd into few bins a
-// bitonic sort takes over, with log2(k)^2 / 2 steps of one barrier each.
+// Counts the pairs by 2048 bins over the range of their values, places every pair in its bin by an
+// exclusive scan, and ranks it there among the few that share the bin: six passes over the pairs and
+// eight barriers, whatever k is. In every pass a thread handles several pairs at once, or it would do
+// little but wait. Bins are even in value; where a few large values or an infinity leave the rest
+// in few of those, even in key, or 32 to an octave. Where values crowd into few bins of either kind,
+// a bitonic sort takes over, with log2(k)^2 / 2 steps of one barrier each.
 
 #ifndef JAX_TOPK_CUDA_SORT_PAIRS_CUH_
 #define JAX_TOPK_CUDA_SORT_PAIRS_CUH_
@@ -18,8 +19,10 @@
 
 namespace jax_topk {
 
-// Most pairs of one bin that are ranked by comparing all of them.
+// Most pairs of one bin that are ranked by comparing all of them, and so many that bins of another
+// kind are worth a try.
 constexpr uint32_t kMaxCrowd = 256;
+constexpr uint32_t kFewEnough = 32;
 // Keys of 32 bits: coarse bins are finer than even ones beyond 64 octaves. Keys of 16 bits never
 // reach it, and an even bin holds 32 of them at most.
 constexpr uint32_t kWidestEven = 64u << 23;
@@ -126,6 +129,46 @@ __device__ __forceinline__ uint32_t ScanBins(Cta& cta) {
   return cta.header->crowd;
 }
 
+// The bin of a pair, 0 being that of the best.
+template <typename T>
+struct PairBins {
+  LinearBins by_key;
+  bool is_wide;     // coarse bins are finer than even ones
+  bool is_by_value;
+  float highest, scale;  // by value
+
+  __device__ __forceinline__ explicit PairBins(const Bracket& range)
+      : by_key(range), is_wide(range.highest - range.lowest > kWidestEven) {
+    highest = T::OrderedValue(range.highest);
+    scale = FastDivide(static_cast<float>(kBins), highest - T::OrderedValue(range.lowest));
+    // Neither infinities nor NaNs, nor a range so small or large that the quotient is 0 or infinite.
+    is_by_value = T::kBits == 32 && scale > 0.0f && scale < kInfinity &&
+                  highest - T::OrderedValue(range.lowest) < kInfinity;
+  }
+  __device__ __forceinline__ uint32_t Of(const uint2& pair) const {
+    const uint32_t key = ~pair.y;
+    if (is_by_value) {
+      // Every step is monotone, so better keys never come to later bins.
+      const float depth = (highest - T::OrderedValue(key)) * scale;
+      return min(static_cast<uint32_t>(depth), static_cast<uint32_t>(kBins - 1));
+    }
+    return is_wide ? CoarseBinOfKey<T>(key) : by_key.FromTop(key);
+  }
+
+ private:
+  static constexpr float kInfinity = __builtin_huge_valf();
+};
+
+// Counts pairs by bin and turns the counts into the first place of every bin. Returns the size of
+// the fullest one. In: the histogram and the crowd are zero, ordered by a barrier.
+template <typename T>
+__device__ __forceinline__ uint32_t PlaceBins(Cta& cta, const uint2* pairs, int count,
+                                              const PairBins<T>& bins) {
+  ForOwnPairs(cta, count, [&](int, int i) { atomicAdd(&cta.bins[bins.Of(pairs[i])], 1u); });
+  SyncThreads();  // counts before the scan
+  return ScanBins(cta);
+}
+
 // Sorts `count` pairs, which lie in ascending position, best first. `spare` holds as many pairs.
 // `pairs` has room for a power of two. In: pairs, and the last use of the histogram and of `spare`,
 // ordered by a barrier. Out: ordered by a barrier.
@@ -135,14 +178,17 @@ __device__ __forceinline__ void SortPairs(Cta& cta, uint2* pairs, uint2* spare, 
   ClearBins(cta);
   const Bracket range = KeyRange(cta, pairs, count);
   if (range.IsSingleKey()) return;  // ties: in ascending position already
-  const LinearBins bins(range);
-  const bool is_wide = range.highest - range.lowest > kWidestEven;
-  const auto bin_of = [&](const uint2& pair) {
-    return is_wide ? CoarseBinOfKey<T>(~pair.y) : bins.FromTop(~pair.y);
-  };
-  ForOwnPairs(cta, count, [&](int, int i) { atomicAdd(&cta.bins[bin_of(pairs[i])], 1u); });
-  SyncThreads();  // counts before the scan
-  if (Unlikely(ScanBins(cta) > kMaxCrowd)) {
+  PairBins<T> bins(range);
+  uint32_t crowd = PlaceBins(cta, pairs, count, bins);
+  if (Unlikely(crowd > kFewEnough && bins.is_by_value)) {
+    bins.is_by_value = false;
+    SyncThreads();  // the crowd before it is reset
+    ClearBins(cta);
+    if (cta.thread == 0) cta.header->crowd = 0;
+    SyncThreads();  // the cleared histogram before its use
+    crowd = PlaceBins(cta, pairs, count, bins);
+  }
+  if (Unlikely(crowd > kMaxCrowd)) {
     const int size = count == 1 ? 1 : 1 << (32 - __clz(count - 1));
 #pragma unroll 1
     for (int i = count + cta.thread; i < size; i += kThreads) pairs[i] = make_uint2(~0u, ~0u);
@@ -156,7 +202,7 @@ __device__ __forceinline__ void SortPairs(Cta& cta, uint2* pairs, uint2* spare, 
       cta, count,
       [&](int u, int i) {
         own[u] = pairs[i];
-        places[u] = atomicAdd(&cta.bins[bin_of(own[u])], 1u);
+        places[u] = atomicAdd(&cta.bins[bins.Of(own[u])], 1u);
       },
       [&](int u, int) { spare[places[u]] = own[u]; });
   SyncThreads();  // pairs in their bins, and the bins' ends, before their reads
@@ -165,7 +211,7 @@ __device__ __forceinline__ void SortPairs(Cta& cta, uint2* pairs, uint2* spare, 
       cta, count,
       [&](int u, int i) {
         own[u] = spare[i];
-        const uint32_t bin = bin_of(own[u]);
+        const uint32_t bin = bins.Of(own[u]);
         places[u] = bin == 0 ? 0 : cta.bins[bin - 1];
         ends[u] = cta.bins[bin];
       },

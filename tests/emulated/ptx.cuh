@@ -128,6 +128,11 @@ inline void SetIfAtLeast(uint32_t* bits, uint32_t bit, int32_t word, int32_t bou
 inline uint32_t AppendCarry(uint32_t bits, uint32_t a, uint32_t b) {
   return 2 * bits + (a + b < a);
 }
+inline float FloatOfBits(uint32_t bits) {
+  float value;
+  std::memcpy(&value, &bits, sizeof(value));
+  return value;
+}
 inline float FastDivide(float a, float b) { return a / b; }
 inline float FastSquareRoot(float a) { return std::sqrt(a); }
 void BarrierInit(MBarrier* barrier);
