@@ -75,18 +75,18 @@ __device__ __forceinline__ RunMasks MakeMasks(const Run& run, const Bracket& bra
 // The elements of a run that are at least a key, as bits. All vectors that a run can have are read.
 template <typename T, bool kHasMask>
 __device__ __forceinline__ uint32_t AtLeastSigned(const Run& run, uint32_t mask, int32_t bound) {
-  uint32_t chains[4] = {};  // of instructions that depend on each other
+  uint32_t even = 0, odd = 0;  // two chains of instructions that depend on each other
 #pragma unroll
   for (int v = 0; v < T::kMaxVectors; ++v) {
     const uint4 vector = LoadShared(run.vectors + v);
 #pragma unroll
     for (int i = 0; i < T::kPerVector; ++i) {
       const uint32_t word = T::UpperElement(vector, i);
-      SetIfAtLeast(&chains[i % 4], 1u << (v * T::kPerVector + i),
+      SetIfAtLeast(i % 2 == 0 ? &even : &odd, 1u << (v * T::kPerVector + i),
                    static_cast<int32_t>(kHasMask ? word ^ mask : word), bound);
     }
   }
-  return (chains[0] | chains[1] | chains[2] | chains[3]) & run.valid;
+  return (even | odd) & run.valid;
 }
 template <typename T>
 __device__ __forceinline__ uint32_t AtLeast(const Run& run, uint32_t key, uint32_t flip) {

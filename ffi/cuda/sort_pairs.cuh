@@ -1,11 +1,10 @@
 // Sorted output: a row's selected elements, best first, by one CTA.
 //
-// Counts the pairs by 2048 bins over the range of their values, places every pair in its bin by an
-// exclusive scan, and ranks it there among the few that share the bin: six passes over the pairs and
-// eight barriers, whatever k is. In every pass a thread handles several pairs at once, or it would do
-// little but wait. Bins are even in value; where a few large values or an infinity leave the rest
-// in few of those, even in key, or 32 to an octave. Where values crowd into few bins of either kind,
-// a bitonic sort takes over, with log2(k)^2 / 2 steps of one barrier each.
+// Counts the pairs by 2048 bins, places every pair in its bin by an exclusive scan, and ranks it there
+// among the few that share the bin: six passes over the pairs and seven barriers, whatever k is. Bins
+// are even in key; if that spans too many octaves (keys around zero, most of all), even in value, or
+// 32 to an octave where a few large values or an infinity would crowd those. Where values crowd into
+// few bins all the same, a bitonic sort takes over, with log2(k)^2 / 2 steps of one barrier each.
 
 #ifndef JAX_TOPK_CUDA_SORT_PAIRS_CUH_
 #define JAX_TOPK_CUDA_SORT_PAIRS_CUH_
@@ -19,10 +18,10 @@
 
 namespace jax_topk {
 
-// Most pairs of one bin that are ranked by comparing all of them, and so many that bins of another
-// kind are worth a try.
+// Most pairs of one bin that are ranked by comparing all of them, and so many of one that is even
+// in value that coarse bins are tried.
 constexpr uint32_t kMaxCrowd = 256;
-constexpr uint32_t kFewEnough = 32;
+constexpr uint32_t kMaxCrowdByValue = 64;
 // Keys of 32 bits: coarse bins are finer than even ones beyond 64 octaves. Keys of 16 bits never
 // reach it, and an even bin holds 32 of them at most.
 constexpr uint32_t kWidestEven = 64u << 23;
@@ -30,30 +29,6 @@ constexpr uint32_t kWidestEven = 64u << 23;
 // A pair is (position, ~key): as a 64-bit number, ~key above position, ascending is best first.
 __device__ __forceinline__ bool IsBetter(const uint2& a, const uint2& b) {
   return a.y < b.y || (a.y == b.y && a.x < b.x);
-}
-
-// Pairs that a thread handles at once: all of them up to k = 2304.
-constexpr int kPairsAtOnce = 6;
-
-// Calls first(u, i) and then second(u, i) for a thread's numbers i below `count`, of which the u-th
-// is handled together with kPairsAtOnce - 1 others.
-template <typename First, typename Second>
-__device__ __forceinline__ void ForOwnPairs(const Cta& cta, int count, First first, Second second) {
-#pragma unroll 1
-  for (int begin = cta.thread; begin < count; begin += kPairsAtOnce * kThreads) {
-#pragma unroll
-    for (int u = 0; u < kPairsAtOnce; ++u) {
-      if (begin + u * kThreads < count) first(u, begin + u * kThreads);
-    }
-#pragma unroll
-    for (int u = 0; u < kPairsAtOnce; ++u) {
-      if (begin + u * kThreads < count) second(u, begin + u * kThreads);
-    }
-  }
-}
-template <typename Visit>
-__device__ __forceinline__ void ForOwnPairs(const Cta& cta, int count, Visit visit) {
-  ForOwnPairs(cta, count, visit, [](int, int) {});
 }
 
 // Sorts ascending in shared memory; `size` is a power of two. In and out: ordered by a barrier.
@@ -85,10 +60,11 @@ __device__ __forceinline__ Bracket KeyRange(Cta& cta, const uint2* pairs, int co
   }
   SyncThreads();  // the reset before the minima
   uint32_t lowest = 0xffffffffu, highest = 0;
-  ForOwnPairs(cta, count, [&](int, int i) {
+#pragma unroll 1
+  for (int i = cta.thread; i < count; i += kThreads) {
     lowest = min(lowest, ~pairs[i].y);
     highest = max(highest, ~pairs[i].y);
-  });
+  }
   lowest = WarpMin(lowest);
   highest = WarpMax(highest);
   if (cta.lane == 0) {
@@ -133,30 +109,27 @@ __device__ __forceinline__ uint32_t ScanBins(Cta& cta) {
 template <typename T>
 struct PairBins {
   LinearBins by_key;
-  bool is_wide;     // coarse bins are finer than even ones
+  bool is_wide;
   bool is_by_value;
   float highest, scale;  // by value
 
   __device__ __forceinline__ explicit PairBins(const Bracket& range)
       : by_key(range), is_wide(range.highest - range.lowest > kWidestEven) {
     highest = T::OrderedValue(range.highest);
-    scale = FastDivide(static_cast<float>(kBins), highest - T::OrderedValue(range.lowest));
-    // Neither infinities nor NaNs, nor a range so small or large that the quotient is 0 or infinite.
-    is_by_value = T::kBits == 32 && scale > 0.0f && scale < kInfinity &&
-                  highest - T::OrderedValue(range.lowest) < kInfinity;
+    const float width = highest - T::OrderedValue(range.lowest);
+    scale = FastDivide(static_cast<float>(kBins), width);
+    // Neither infinities nor NaNs, nor a quotient that is 0 or infinite.
+    constexpr float kMost = 0x1p120f;
+    is_by_value = is_wide && width < kMost && scale < kMost && scale > 0.0f;
   }
   __device__ __forceinline__ uint32_t Of(const uint2& pair) const {
     const uint32_t key = ~pair.y;
-    if (is_by_value) {
-      // Every step is monotone, so better keys never come to later bins.
-      const float depth = (highest - T::OrderedValue(key)) * scale;
-      return min(static_cast<uint32_t>(depth), static_cast<uint32_t>(kBins - 1));
-    }
-    return is_wide ? CoarseBinOfKey<T>(key) : by_key.FromTop(key);
+    if (!is_wide) return by_key.FromTop(key);
+    if (!is_by_value) return CoarseBinOfKey<T>(key);
+    // Every step is monotone, so better keys never come to later bins.
+    const float depth = (highest - T::OrderedValue(key)) * scale;
+    return min(static_cast<uint32_t>(depth), static_cast<uint32_t>(kBins - 1));
   }
-
- private:
-  static constexpr float kInfinity = __builtin_huge_valf();
 };
 
 // Counts pairs by bin and turns the counts into the first place of every bin. Returns the size of
@@ -164,25 +137,31 @@ struct PairBins {
 template <typename T>
 __device__ __forceinline__ uint32_t PlaceBins(Cta& cta, const uint2* pairs, int count,
                                               const PairBins<T>& bins) {
-  ForOwnPairs(cta, count, [&](int, int i) { atomicAdd(&cta.bins[bins.Of(pairs[i])], 1u); });
+#pragma unroll 1
+  for (int i = cta.thread; i < count; i += kThreads) atomicAdd(&cta.bins[bins.Of(pairs[i])], 1u);
   SyncThreads();  // counts before the scan
   return ScanBins(cta);
 }
 
-// Sorts `count` pairs, which lie in ascending position, best first. `spare` holds as many pairs.
-// `pairs` has room for a power of two. In: pairs, and the last use of the histogram and of `spare`,
-// ordered by a barrier. Out: ordered by a barrier.
-template <typename T>
-__device__ __forceinline__ void SortPairs(Cta& cta, uint2* pairs, uint2* spare, int count) {
+// Calls store(rank, pair) for `count` pairs in ascending position, rank 0 being the best.
+// `spare` holds as many pairs. `pairs` has room for a power of two. In: pairs, and the last use of
+// the histogram and of `spare`, ordered by a barrier.
+template <typename T, typename Store>
+__device__ __forceinline__ void SortPairs(Cta& cta, uint2* pairs, uint2* spare, int count,
+                                          Store store) {
   if (count == 0) return;
   ClearBins(cta);
   const Bracket range = KeyRange(cta, pairs, count);
-  if (range.IsSingleKey()) return;  // ties: in ascending position already
+  if (range.IsSingleKey()) {  // ties: in ascending position already
+#pragma unroll 1
+    for (int i = cta.thread; i < count; i += kThreads) store(i, pairs[i]);
+    return;
+  }
   PairBins<T> bins(range);
   uint32_t crowd = PlaceBins(cta, pairs, count, bins);
-  if (Unlikely(crowd > kFewEnough && bins.is_by_value)) {
+  if (Unlikely(bins.is_by_value && crowd > kMaxCrowdByValue)) {
     bins.is_by_value = false;
-    SyncThreads();  // the crowd before it is reset
+    SyncThreads();  // the reads of the crowd before it is reset
     ClearBins(cta);
     if (cta.thread == 0) cta.header->crowd = 0;
     SyncThreads();  // the cleared histogram before its use
@@ -194,34 +173,26 @@ __device__ __forceinline__ void SortPairs(Cta& cta, uint2* pairs, uint2* spare, 
     for (int i = count + cta.thread; i < size; i += kThreads) pairs[i] = make_uint2(~0u, ~0u);
     SyncThreads();  // the padding before the sort
     SortBitonic(cta, pairs, size);
+#pragma unroll 1
+    for (int i = cta.thread; i < count; i += kThreads) store(i, pairs[i]);
     return;
   }
-  uint2 own[kPairsAtOnce];
-  uint32_t places[kPairsAtOnce];
-  ForOwnPairs(
-      cta, count,
-      [&](int u, int i) {
-        own[u] = pairs[i];
-        places[u] = atomicAdd(&cta.bins[bins.Of(own[u])], 1u);
-      },
-      [&](int u, int) { spare[places[u]] = own[u]; });
+#pragma unroll 1
+  for (int i = cta.thread; i < count; i += kThreads) {
+    spare[atomicAdd(&cta.bins[bins.Of(pairs[i])], 1u)] = pairs[i];
+  }
   SyncThreads();  // pairs in their bins, and the bins' ends, before their reads
-  uint32_t ends[kPairsAtOnce];
-  ForOwnPairs(
-      cta, count,
-      [&](int u, int i) {
-        own[u] = spare[i];
-        const uint32_t bin = bins.Of(own[u]);
-        places[u] = bin == 0 ? 0 : cta.bins[bin - 1];
-        ends[u] = cta.bins[bin];
-      },
-      [&](int u, int) {
-        uint32_t rank = places[u];
+#pragma unroll 1
+  for (int i = cta.thread; i < count; i += kThreads) {
+    const uint2 pair = spare[i];
+    const uint32_t bin = bins.Of(pair);
+    const uint32_t begin = bin == 0 ? 0 : cta.bins[bin - 1];
+    const uint32_t end = cta.bins[bin];
+    uint32_t rank = begin;
 #pragma unroll 4
-        for (uint32_t j = places[u]; j < ends[u]; ++j) rank += IsBetter(spare[j], own[u]);
-        pairs[rank] = own[u];
-      });
-  SyncThreads();  // sorted pairs before their reads
+    for (uint32_t j = begin; j < end; ++j) rank += IsBetter(spare[j], pair);
+    store(static_cast<int>(rank), pair);
+  }
 }
 
 }  // namespace jax_topk

@@ -156,24 +156,15 @@ __device__ __forceinline__ void AppendRuns(const Cta& cta, const ListPool& pool,
   const uint32_t old_shift = (warp->last_chunk + 1 - had) * kChunkEntries;
   const uint32_t new_shift = (taken - had) * kChunkEntries;
   uint32_t place = warp->num_listed + inclusive - count;
-  const auto append = [&](int32_t i, uint32_t key) {
+#pragma unroll 1
+  for (; kept != 0; kept &= kept - 1) {
+    const int32_t i = __ffs(kept) - 1;
+    const uint32_t key = KeyInRun<T>(run, i, flip);
     if (key <= highest_open) ++warp->num_open;
     const uint32_t entry = place + (place < had * kChunkEntries ? old_shift : new_shift);
     pool.keys[entry] = key;
     pool.positions[entry] = static_cast<uint32_t>(run.position + i);
     ++place;
-  };
-  // Two at a time: one's loads hide behind the other's.
-#pragma unroll 1
-  while (kept != 0) {
-    const uint32_t rest = kept & (kept - 1);
-    const int32_t first = __ffs(kept) - 1;
-    const int32_t second = rest == 0 ? first : __ffs(rest) - 1;
-    const uint32_t first_key = KeyInRun<T>(run, first, flip);
-    const uint32_t second_key = KeyInRun<T>(run, second, flip);
-    append(first, first_key);
-    if (rest != 0) append(second, second_key);
-    kept = rest & (rest - 1);
   }
   warp->num_listed += total;
   const uint32_t has = warp->NumChunks();

@@ -421,10 +421,10 @@ __device__ __forceinline__ void SortAndStore(Cta& cta, int count, const RowOutpu
   uint2* pairs = reinterpret_cast<uint2*>(cta.own);
   if (cta.num_active > 1) BarrierWait(&cta.header->winners_barrier, 0);
   SyncThreads();  // pairs before the sort; the last reads of what the sort overwrites
-  SortPairs<T>(cta, pairs, reinterpret_cast<uint2*>(cta.spare), count);
-  ForOwnPairs(cta, count, [&](int, int i) {
-    output.Store(i, ~pairs[i].y, static_cast<int32_t>(pairs[i].x));
-  });
+  SortPairs<T>(cta, pairs, reinterpret_cast<uint2*>(cta.spare), count,
+               [&](int rank, const uint2& pair) {
+                 output.Store(rank, ~pair.y, static_cast<int32_t>(pair.x));
+               });
 }
 
 // Selected elements of a CTA on their way to the output.
