@@ -113,8 +113,9 @@ std::string PlanLaunch(const Problem& problem, const DeviceLimits& limits,
   plan->path = overrides.path;
   plan->part_elements = overrides.part_elements > 0 ? overrides.part_elements : kPartElements;
 
-  // The most CTAs per row that leave every CTA an SM to itself, but no more than the widest possible
-  // row can use. Where two CTAs share an SM the slowest row takes longer than with fewer CTAs.
+  // The most CTAs per row that leave every CTA an SM to itself, but no more than the widest
+  // possible row can use. Where two CTAs share an SM the slowest row takes longer than with fewer
+  // CTAs.
   int cluster = 1;
   for (int size = 2; size <= std::min(limits.max_cluster_size, kMaxClusterSize); ++size) {
     const bool fits = problem.rows <= limits.resident_clusters[size - 1];

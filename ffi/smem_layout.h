@@ -80,8 +80,8 @@ struct SmemLayout {
   int64_t bins;  // uint32[kBins]
   int64_t a;
   int64_t b;
-  int32_t num_chunks;  // of the list
-  int64_t own;         // from the start of the candidates: uint32[list_capacity], or the output
+  int32_t num_chunks;   // of the list
+  int64_t own;          // from the start of the candidates: uint32[list_capacity], or the output
   bool has_large_tile;  // there is room for one, and for the output behind it
   int64_t total_bytes;
 };
@@ -108,8 +108,7 @@ constexpr SmemLayout MakeSmemLayout(int cluster_size, int num_stages, int64_t li
       layout.b + AlignUp(larger(larger(ListBytes(list_capacity), cluster_size == 1 ? 0 : kSumBytes),
                                 candidates_bytes),
                          128);
-  layout.has_large_tile =
-      layout.a + kLargeTileBytes + NextPowerOfTwo(k) * 8 <= layout.total_bytes;
+  layout.has_large_tile = layout.a + kLargeTileBytes + NextPowerOfTwo(k) * 8 <= layout.total_bytes;
   return layout;
 }
 

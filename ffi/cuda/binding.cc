@@ -136,10 +136,10 @@ void Select(uint64_t operand, uint64_t starts, uint64_t lengths, uint64_t values
             int64_t rows, int64_t width, int64_t k, const std::string& dtype, bool smallest,
             bool sorted, const std::string& plan, int device) {
   const Problem problem{rows, width, k, ParseDTypeOrThrow(dtype), sorted};
-  const TopKBuffers buffers{
-      DevicePointer<const void*>(operand), DevicePointer<const int32_t*>(starts),
-      DevicePointer<const int32_t*>(lengths), DevicePointer<void*>(values),
-      DevicePointer<int32_t*>(indices)};
+  const TopKBuffers buffers{DevicePointer<const void*>(operand),
+                            DevicePointer<const int32_t*>(starts),
+                            DevicePointer<const int32_t*>(lengths), DevicePointer<void*>(values),
+                            DevicePointer<int32_t*>(indices)};
   std::string error;
   {
     nb::gil_scoped_release unlocked;

@@ -52,11 +52,11 @@ struct SharedHeader {
   uint32_t equal_before;
   uint32_t pivot_key;
   uint32_t num_ties;
-  uint32_t crowd;                // of the fullest bin while pairs are sorted
-  uint4 found[2];                // as RankBin
-  uint2 warp_sums[2][kWarps];    // see SumOverWarps
+  uint32_t crowd;                                 // of the fullest bin while pairs are sorted
+  uint4 found[2];                                 // as RankBin
+  uint2 warp_sums[2][kWarps];                     // see SumOverWarps
   uint32_t turn_sums[2][kMaxCountWords][kWarps];  // see TurnPlaces
-  uint32_t warp_listed[kWarps];  // entries of each warp's list
+  uint32_t warp_listed[kWarps];                   // entries of each warp's list
   uint32_t warp_totals[2][kWarps];
   uint32_t bin_totals[kBinThreads / 32];
   alignas(16) uint32_t finalists[kMaxFinalists];  // zero where there is none

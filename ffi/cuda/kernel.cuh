@@ -189,7 +189,8 @@ __device__ __forceinline__ void SelectStreamedRow(Cta& cta, const TopKArgs& args
   if (cta.num_active > 1) JoinCluster(cta);
   Sample<T> sample(cta.thread, window);
   StreamSource<T> source{
-      window, MakeListPool(cta, args.layout), MakeWarpPart(cta, part), {}, {}, output.flip, nullptr};
+      window, MakeListPool(cta, args.layout), MakeWarpPart(cta, part), {}, {}, output.flip,
+      nullptr};
   StartStream<T>(cta, window, source.warp.part, args.num_stages);
   PlaceCandidates(cta, args, /*has_list=*/true);
   SyncThreads();  // the cleared histogram before its use
@@ -211,8 +212,9 @@ __device__ __forceinline__ void SelectStreamedRow(Cta& cta, const TopKArgs& args
     OrderChunks(cta, source.pool);
     row = ReceiveCounts(cta, counts, attempt);
     if (!Unlikely(!IsProved(source.bracket, row, k, capacity)) || !CanNarrow(args, attempt)) break;
-    source.bracket = NarrowBracket<T>(cta, window, part, output.flip, k, capacity - k,
-                                      LearnFromStream<T>(source.bracket, row, k, capacity, window.length));
+    source.bracket =
+        NarrowBracket<T>(cta, window, part, output.flip, k, capacity - k,
+                         LearnFromStream<T>(source.bracket, row, k, capacity, window.length));
     source.warp = MakeWarpPart(cta, part);
     StartStream<T>(cta, window, source.warp.part, args.num_stages);
     if (cta.thread == 0) cta.header->num_chunks = 0;

@@ -120,7 +120,8 @@ std::string QueryDevice(int device, DeviceLimits* limits) {
     plan.cluster_size = size;
     plan.num_ctas = size;
     const cudaLaunchConfig_t of_size = MakeConfig(plan, false, nullptr, &attributes);
-    error = cudaOccupancyMaxActiveClusters(&limits->resident_clusters[size - 1], kKernels[0], &of_size);
+    error =
+        cudaOccupancyMaxActiveClusters(&limits->resident_clusters[size - 1], kKernels[0], &of_size);
     if (error != cudaSuccess) return Describe("asking how many clusters run together", error);
   }
   return "";

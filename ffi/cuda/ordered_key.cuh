@@ -39,9 +39,9 @@ struct KeyOrder {
   __device__ __forceinline__ static uint32_t Bits(uint32_t key, uint32_t flip) {
     return (key & kSign ? key ^ kSign : key ^ kMaxKey) ^ flip;
   }
-  // The float32 that lies in the order of keys where the key does; for keys of 32 bits.
+  // The value whose key it is where the largest are wanted; of float32 and bfloat16.
   __device__ __forceinline__ static float OrderedValue(uint32_t key) {
-    return FloatOfBits(Bits(key, 0));
+    return FloatOfBits(Bits(key, 0) << (32 - kBits));
   }
   __device__ __forceinline__ static uint32_t Element(const uint4& vector, int i) {
     if constexpr (kBits == 32) {
@@ -115,8 +115,10 @@ struct FloatSteps {
 };
 static_assert(FloatSteps::kScale == 4, "Fourfold needs no shift");
 
+// kWidestEven: the widest range of keys over which kBins even bins are as fine as coarse ones.
 struct Float32 : KeyOrder<uint32_t> {
   static constexpr int kMaxVectors = jax_topk::kMaxVectors;
+  static constexpr uint32_t kWidestEven = 64u << 23;
   static constexpr uint32_t kInfinity = 0x7f800000u;
   __device__ __forceinline__ static uint32_t FourfoldSteps(uint32_t halves) {
     return FloatSteps::Fourfold(halves);
@@ -128,6 +130,7 @@ struct Float32 : KeyOrder<uint32_t> {
 
 struct BFloat16 : KeyOrder<uint16_t> {
   static constexpr int kMaxVectors = 3;
+  static constexpr uint32_t kWidestEven = 64u << 7;
   static constexpr uint32_t kInfinity = 0x7f80u;
   __device__ __forceinline__ static uint32_t FourfoldSteps(uint32_t halves) {
     return FloatSteps::Fourfold(halves);
@@ -139,6 +142,7 @@ struct BFloat16 : KeyOrder<uint16_t> {
 
 struct Float16 : KeyOrder<uint16_t> {
   static constexpr int kMaxVectors = 3;
+  static constexpr uint32_t kWidestEven = kMaxKey;
   static constexpr uint32_t kInfinity = 0x7c00u;
   // 2^15 magnitudes over kHalfBins steps: a step is 32.
   __device__ __forceinline__ static uint32_t FourfoldSteps(uint32_t halves) {

@@ -1,11 +1,11 @@
 // Rows that one CTA's tile holds.
 //
 // The row is read once, into registers; a copy in shared memory serves the few elements that are
-// looked at by number, and the turns for which there are no registers. Threads take the vectors of the row in turns, and a tile has all its turns
-// whatever the row's length, so that nothing branches between them: what lies outside the window
-// becomes the lowest key, which is never selected of a row of more than k (see SelectElements for
-// elements that have that key). All elements are counted, so the bracket and its counts are exact
-// and nothing has to be verified.
+// looked at by number, and the turns for which there are no registers. Threads take the vectors of
+// the row in turns, and a tile has all its turns whatever the row's length, so that nothing
+// branches between them: what lies outside the window becomes the lowest key, which is never
+// selected of a row of more than k (see SelectElements for elements that have that key). All
+// elements are counted, so the bracket and its counts are exact and nothing has to be verified.
 //
 // Order without sorting: elements ascend by turn, then thread, then number in their vector. What a
 // warp selects in one turn fits a field of a word, so that one scan of the lanes places several
@@ -421,8 +421,8 @@ template <typename T, int kTurns>
 struct ShortSelection {
   TurnBits<T, kTurns> greater;  // than the k-th key
   TurnBits<T, kTurns> equal;    // to it
-  bool drops_ties;    // not all that are equal are selected
-  uint32_t num_ties;  // but so many, the lowest positions first
+  bool drops_ties;              // not all that are equal are selected
+  uint32_t num_ties;            // but so many, the lowest positions first
 };
 
 // The bits of an element in the tile in shared memory, by its number there.
@@ -545,7 +545,8 @@ __device__ __forceinline__ ShortSelection<T, kTurns> SelectElements(
   if (Unlikely(selection.drops_ties && pivot_key == 0)) {
     const auto valid = ValidElements<T, kTurns>(tile.position, tile.length);
 #pragma unroll
-    for (int word = 0; word < valid.kWords; ++word) selection.equal.words[word] &= valid.words[word];
+    for (int word = 0; word < valid.kWords; ++word)
+      selection.equal.words[word] &= valid.words[word];
   }
   return selection;
 }

@@ -1,10 +1,11 @@
 // Sorted output: a row's selected elements, best first, by one CTA.
 //
-// Counts the pairs by 2048 bins, places every pair in its bin by an exclusive scan, and ranks it there
-// among the few that share the bin: six passes over the pairs and seven barriers, whatever k is. Bins
-// are even in key; if that spans too many octaves (keys around zero, most of all), even in value, or
-// 32 to an octave where a few large values or an infinity would crowd those. Where values crowd into
-// few bins all the same, a bitonic sort takes over, with log2(k)^2 / 2 steps of one barrier each.
+// Counts the pairs by 2048 bins, places every pair in its bin by an exclusive scan, and ranks it
+// there among the few that share the bin: six passes over the pairs and seven barriers, whatever k
+// is. Bins are even in key; if that spans too many octaves (keys around zero, most of all), even in
+// value, or 32 to an octave where a few large values or an infinity would crowd those. Where values
+// crowd into few bins all the same, a bitonic sort takes over, with log2(k)^2 / 2 steps of one
+// barrier each.
 
 #ifndef JAX_TOPK_CUDA_SORT_PAIRS_CUH_
 #define JAX_TOPK_CUDA_SORT_PAIRS_CUH_
@@ -22,10 +23,6 @@ namespace jax_topk {
 // in value that coarse bins are tried.
 constexpr uint32_t kMaxCrowd = 256;
 constexpr uint32_t kMaxCrowdByValue = 64;
-// Keys of 32 bits: coarse bins are finer than even ones beyond 64 octaves. Keys of 16 bits never
-// reach it, and an even bin holds 32 of them at most.
-constexpr uint32_t kWidestEven = 64u << 23;
-
 // A pair is (position, ~key): as a 64-bit number, ~key above position, ascending is best first.
 __device__ __forceinline__ bool IsBetter(const uint2& a, const uint2& b) {
   return a.y < b.y || (a.y == b.y && a.x < b.x);
@@ -114,7 +111,7 @@ struct PairBins {
   float highest, scale;  // by value
 
   __device__ __forceinline__ explicit PairBins(const Bracket& range)
-      : by_key(range), is_wide(range.highest - range.lowest > kWidestEven) {
+      : by_key(range), is_wide(range.highest - range.lowest > T::kWidestEven) {
     highest = T::OrderedValue(range.highest);
     const float width = highest - T::OrderedValue(range.lowest);
     scale = FastDivide(static_cast<float>(kBins), width);

@@ -4,17 +4,18 @@
 // that no barrier of the CTA stands between two tiles. Elements at or above the bracket go to the
 // warp's list, keys and positions, in ascending position. The lists share area B in chunks of 32
 // entries, taken from a common counter, so that any distribution of the elements over the warps
-// fits. Once all lists are complete, their chunks are put in order, and the entries are dealt to the
-// threads, a few consecutive ones each. Counts are exact whatever happens to the memory that keeps the elements; what does not fit
-// is counted but not stored, and the caller gives up the bracket then.
+// fits. Once all lists are complete, their chunks are put in order, and the entries are dealt to
+// the threads, a few consecutive ones each. Counts are exact whatever happens to the memory that
+// keeps the elements; what does not fit is counted but not stored, and the caller gives up the
+// bracket then.
 //
 // The ties of a bracket that is a single key are counted and not kept: a plateau of equal values
 // could fill any memory. Those that are selected, the lowest positions, are read again when the
 // output is written.
 //
-// Order without sorting: lane l owns consecutive vectors of a tile, so one scan of the lanes' counts
-// gives every kept element its place. A single comparison per element decides what is kept; where
-// it stands against the bracket's upper end is asked of kept elements alone.
+// Order without sorting: lane l owns consecutive vectors of a tile, so one scan of the lanes'
+// counts gives every kept element its place. A single comparison per element decides what is kept;
+// where it stands against the bracket's upper end is asked of kept elements alone.
 
 #ifndef JAX_TOPK_CUDA_STREAM_PART_CUH_
 #define JAX_TOPK_CUDA_STREAM_PART_CUH_
@@ -151,8 +152,8 @@ __device__ __forceinline__ void AppendRuns(const Cta& cta, const ListPool& pool,
   const uint32_t taken = TakeChunks(cta, pool, total, warp);
   if (warp->is_full) return;
   const uint32_t had = warp->NumChunks();
-  // An entry's place in the list tells its place in the pool, by one shift for the last chunk so far
-  // and one for those taken, which are neighbours. Unsigned: a shift may be negative.
+  // An entry's place in the list tells its place in the pool, by one shift for the last chunk so
+  // far and one for those taken, which are neighbours. Unsigned: a shift may be negative.
   const uint32_t old_shift = (warp->last_chunk + 1 - had) * kChunkEntries;
   const uint32_t new_shift = (taken - had) * kChunkEntries;
   uint32_t place = warp->num_listed + inclusive - count;
@@ -177,8 +178,7 @@ __device__ __forceinline__ void FilterWarpTile(const Cta& cta, const RowWindow& 
                                                const ListPool& pool, const unsigned char* tile,
                                                int32_t first, const Bracket& bracket, uint32_t flip,
                                                WarpPart* warp) {
-  const Run run =
-      MakeRun<T>(cta.lane, window, first, warp->part.last, T::kMaxVectors, tile);
+  const Run run = MakeRun<T>(cta.lane, window, first, warp->part.last, T::kMaxVectors, tile);
   if (Unlikely(bracket.IsSingleKey())) {
     const RunMasks masks = MakeMasks<T>(run, bracket, flip);
     warp->num_open += __popc(masks.open);

@@ -297,8 +297,7 @@ struct StreamSource {
 #pragma unroll 1
     for (uint32_t turn = 0; turn < NumChunksTaken(cta, pool); turn += kChunksPerRound) {
       const Entries entries(cta, pool, turn);
-      const uint32_t greater =
-          entries.Where([&](uint32_t key) { return key > selection.pivot; });
+      const uint32_t greater = entries.Where([&](uint32_t key) { return key > selection.pivot; });
       uint32_t equal = entries.Where([&](uint32_t key) { return key == selection.pivot; });
       const Scan scan = BlockScan(cta, __popc(greater) | __popc(equal) << 16);
       const uint32_t sums = before + scan.before;
@@ -512,8 +511,8 @@ __device__ __forceinline__ void WriteRow(Cta& cta, const StreamSource<T>& source
   if (!Unlikely(is_sorted)) {
     const Staging staging(cta, output.k);
     const bool has_values = output.values != nullptr;
-    const uint32_t count = source.VisitSelected(
-        cta, selection, [&](uint32_t place, uint32_t key, int32_t position) {
+    const uint32_t count =
+        source.VisitSelected(cta, selection, [&](uint32_t place, uint32_t key, int32_t position) {
           staging.positions[place] = position;
           if (Unlikely(has_values)) staging.keys[place] = key;
         });
