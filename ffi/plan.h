@@ -29,6 +29,7 @@ struct LaunchPlan {
   int list_capacity = 0;  // entries at or above the lower bound that one row may keep
   int part_elements = 0;  // a row gets one CTA per this many elements, up to cluster_size
   int64_t smem_bytes = 0;
+  bool uses_large_tile = false;  // for rows that one CTA takes
   Path path = Path::kAuto;
 };
 

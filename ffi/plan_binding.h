@@ -41,6 +41,7 @@ inline nanobind::dict PlanToDict(const LaunchPlan& plan) {
   result["list_capacity"] = plan.list_capacity;
   result["part_elements"] = plan.part_elements;
   result["smem_bytes"] = plan.smem_bytes;
+  result["uses_large_tile"] = plan.uses_large_tile;
   result["path"] = kPathNames[static_cast<int>(plan.path)];
   return result;
 }

@@ -194,7 +194,12 @@ def test_constants_of_the_path_are_those_of_the_kernel():
     assert of_types == ["jax_topk::kMaxVectors", *(str(plans.TILE_VECTORS[t]) for t in
                         ("bfloat16", "float16"))]  # fmt: skip
     assert "kTileVectors = kThreads * T::kMaxVectors;" in kernel
-    assert "window.num_vectors <= kTileVectors) {" in kernel
+    short = (ROOT / "ffi" / "cuda" / "short_row.cuh").read_text()
+    assert f"kMaxLargeTurns = {plans.LARGE_TILE_VECTORS['float32']};" in layout
+    of_16_bits = plans.LARGE_TILE_VECTORS["bfloat16"]
+    assert plans.LARGE_TILE_VECTORS["float16"] == of_16_bits
+    assert f"kLargeTurns = T::kPerVector == 4 ? kMaxLargeTurns : {of_16_bits};" in short
+    assert "args.uses_large_tile ? kLargeTurns<T> : kMostTurns<T>" in kernel
 
 
 @needs_cpu_target
@@ -209,15 +214,18 @@ def test_constants_of_the_path_are_those_of_the_kernel():
         ("", "float32", True, 10753, 0, "resident"),
         ("", "float32", True, 10752, 1, "resident"),  # one vector more, by its alignment
         ("cluster=1", "float32", True, 10752, 0, "short"),
-        ("cluster=1", "float32", True, 10753, 0, "streamed"),
+        ("cluster=1", "float32", True, 16896, 0, "short"),  # eleven vectors
+        ("cluster=1", "float32", True, 16897, 0, "streamed"),
         ("cluster=2", "float32", True, 21504, 0, "resident"),
         ("cluster=2", "float32", True, 21505, 0, "streamed"),
-        ("cluster=1", "float16", True, 9216, 0, "short"),
-        ("cluster=1", "float16", True, 9217, 0, "streamed"),
+        ("cluster=2", "float16", True, 9216, 0, "short"),
+        ("cluster=2", "float16", True, 9217, 0, "resident"),
+        ("cluster=1", "float16", True, 18432, 0, "short"),
+        ("cluster=1", "float16", True, 18433, 0, "streamed"),
         ("path=sample", "float32", True, 65, 0, "resident"),
         ("path=sample", "float32", True, 64, 0, "short"),
         ("path=short,cluster=4", "float32", True, 10752, 0, "short"),
-        ("path=short,cluster=1", "float32", True, 10753, 0, "streamed"),
+        ("path=short,cluster=1", "float32", True, 16897, 0, "streamed"),
         ("path=exact,cluster=16", "float32", True, 160000, 0, "resident"),
         ("path=exact,cluster=16,part=100000", "float32", True, 160000, 0, "streamed"),
     ],

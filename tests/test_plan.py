@@ -8,7 +8,8 @@ from jax_topk import _native
 
 LIMITS = {
     "H100": {"num_sms": 132, "smem_per_block_bytes": 232448, "smem_per_sm_bytes": 233472,
-             "max_cluster_size": 16},
+             "max_cluster_size": 16,
+             "resident_clusters": [132, 66, 43, 30, 23, 21, 14, 15, 9, 7, 7, 7, 7, 7, 7, 7]},
     "A100": {"num_sms": 108, "smem_per_block_bytes": 166912, "smem_per_sm_bytes": 167936,
              "max_cluster_size": 1},
     "RTX": {"num_sms": 170, "smem_per_block_bytes": 101376, "smem_per_sm_bytes": 102400,
@@ -26,17 +27,34 @@ def plan(rows, width, k=2048, *, device="H100", dtype="float32", is_sorted=False
 
 @pytest.mark.parametrize(
     ("rows", "cluster"),
-    [(1, 16), (4, 16), (5, 8), (8, 8), (9, 4), (16, 4), (17, 2), (132, 2), (133, 1), (4096, 1)],
+    [(1, 16), (7, 16), (8, 9), (9, 8), (16, 6), (32, 3), (64, 2), (66, 2), (67, 1), (4096, 1)],
 )
 def test_clusters_leave_each_cta_an_sm(rows, cluster):
     assert plan(rows, 163840)["cluster_size"] == cluster
     assert plan(rows, 163840)["num_ctas"] == rows * cluster
 
 
+def test_a_device_that_does_not_count_its_clusters_is_taken_for_one_group_of_sms():
+    module = _native.CPU.module
+    assert module is not None
+    limits = {key: value for key, value in LIMITS["H100"].items() if key != "resident_clusters"}
+    for rows, cluster in ((8, 16), (9, 14), (33, 4), (132, 1)):
+        plan = module.plan_launch(rows, 163840, 2048, "float32", False, limits, "")
+        assert plan["cluster_size"] == cluster
+
+
+def test_a_count_for_every_cluster_size_is_needed():
+    module = _native.CPU.module
+    assert module is not None
+    limits = {**LIMITS["H100"], "resident_clusters": [132, 66]}
+    with pytest.raises((RuntimeError, TypeError, ValueError)):
+        module.plan_launch(8, 163840, 2048, "float32", False, limits, "")
+
+
 def test_narrow_rows_get_no_more_ctas_than_they_can_use():
     assert plan(1, 2048)["cluster_size"] == 1
     assert plan(1, 4096)["cluster_size"] == 2
-    assert plan(1, 9000)["cluster_size"] == 8
+    assert plan(1, 9000)["cluster_size"] == 5
 
 
 @pytest.mark.parametrize("device", LIMITS)

@@ -59,8 +59,7 @@ inline TopKArgs MakeArgs(const Problem& problem, const LaunchPlan& plan, bool is
       AlignUp(plan.part_elements * ElementBytes(problem.dtype), kVectorBytes) / kVectorBytes);
   args.list_capacity = plan.list_capacity;
   args.layout = MakeSmemLayout(plan.cluster_size, plan.num_stages, plan.list_capacity, problem.k);
-  // Several CTAs are faster together than one with a large tile.
-  args.uses_large_tile = plan.cluster_size == 1 && args.layout.has_large_tile;
+  args.uses_large_tile = plan.uses_large_tile;
   return args;
 }
 

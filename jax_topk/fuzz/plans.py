@@ -48,12 +48,15 @@ PLANS = (
 THREADS = (1, 2, 4, 8)
 """Numbers of threads that the CPU target is given, as `threads=N` in place of a plan."""
 
-BOUNDARIES = (1, 512, 1536, 2048, 3072, 4608, 6144, 7680, 9216, 10752, 12288, 21504, 24576, 32768)
+BOUNDARIES = (
+    *(1, 512, 1536, 2048, 3072, 4608, 6144, 7680, 9216, 10752),
+    *(12288, 16896, 18432, 21504, 24576, 32768),
+)
 """Lengths at which the kernel changes its way: the window that is copied (k, added by the tests), a
-tile of 384 threads with 1 to 7 vectors of four floats, two such tiles, parts of 2048, and powers of
-two."""
+tile of 384 threads with 1 to 7 vectors of four floats, the large tile, two ordinary ones, parts of
+2048, and powers of two."""
 
-LONG_BOUNDARIES = (18432, 36864, 43008, 73728, 86016, 147456, 163840, 172032)
+LONG_BOUNDARIES = ( 36864, 43008, 73728, 86016, 147456, 163840, 172032)
 """More of them: the largest parts that 2 to 16 CTAs hold, of floats and of 16-bit types, and the
 width that the bench uses."""
 
@@ -65,6 +68,7 @@ result and is copied, one CTA holds the row, each CTA holds its part, or the par
 THREADS_PER_CTA = 384
 VECTOR_BYTES = 16
 TILE_VECTORS = {"float32": 7, "bfloat16": 3, "float16": 3}
+LARGE_TILE_VECTORS = {"float32": 11, "bfloat16": 6, "float16": 6}
 
 
 class Plan(TypedDict):
@@ -76,6 +80,7 @@ class Plan(TypedDict):
     list_capacity: int
     part_elements: int
     smem_bytes: int
+    uses_large_tile: bool
     path: str
 
 
@@ -117,7 +122,9 @@ def kernel_paths(
     cluster = plan["cluster_size"]
     tile = THREADS_PER_CTA * TILE_VECTORS[dtype]
     is_forced_short = (plan["path"] == "short") | (lengths <= k)
-    is_short = ((plan["path"] == "auto") | is_forced_short) & (num_vectors <= tile)
+    large = THREADS_PER_CTA * LARGE_TILE_VECTORS[dtype]
+    short_tile = large if plan["uses_large_tile"] else tile
+    is_short = ((plan["path"] == "auto") | is_forced_short) & (num_vectors <= short_tile)
     part_vectors = -(-plan["part_elements"] * element_bytes // VECTOR_BYTES)
     each = np.maximum(-(-num_vectors // cluster), part_vectors)
     path = np.where(each <= tile, resident, streamed)
