@@ -2,7 +2,7 @@
 //
 // Per row, on the device, by its length:
 //   copy    length <= k: everything is selected
-//   short   one CTA holds the row in shared memory and histograms all of it
+//   short   one CTA holds the row in registers and shared memory and histograms all of it
 //   medium  one or several CTAs guess a bracket of keys from a sample; each CTA's part stays in
 //           shared memory
 //   long    the same, but parts are streamed through shared memory by warps on their own
@@ -212,6 +212,7 @@ __device__ __forceinline__ void SelectStreamedRow(Cta& cta, const TopKArgs& args
     OrderChunks(cta, source.pool);
     row = ReceiveCounts(cta, counts, attempt);
     if (!Unlikely(!IsProved(source.bracket, row, k, capacity)) || !CanNarrow(args, attempt)) break;
+    SyncThreads();  // the lists' last reads before they are begun anew
     source.bracket =
         NarrowBracket<T>(cta, window, part, output.flip, k, capacity - k,
                          LearnFromStream<T>(source.bracket, row, k, capacity, window.length));

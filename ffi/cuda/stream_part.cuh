@@ -242,8 +242,10 @@ __device__ __forceinline__ WarpPrefix SumOverWarps(const Cta& cta, uint2 of_warp
   return prefix;
 }
 
+// Of all lists: none if something did not fit, since no chunk may then be labelled.
 __device__ __forceinline__ uint32_t NumChunksTaken(const Cta& cta, const ListPool& pool) {
-  return min(cta.header->num_chunks, pool.num_chunks);
+  const uint32_t taken = cta.header->num_chunks;
+  return taken <= pool.num_chunks ? taken : 0;
 }
 
 // Puts the chunks in order. In: complete lists and the header's warp_listed, ordered by a barrier.
