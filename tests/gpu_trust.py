@@ -212,6 +212,25 @@ def parts_of(options: argparse.Namespace, build: pathlib.Path) -> list[list[Part
     ]
 
 
+def select_parts(options: argparse.Namespace, build: pathlib.Path) -> list[list[Part]]:
+    """The stages of a run, without the parts that the options leave out.
+
+    Raises:
+        ValueError: if `--only` names something else, or nothing.
+    """
+    tools = options.tools.resolve() if options.tools else build
+    stages = parts_of(options, tools)
+    names = [part.name for stage in stages for part in stage]
+    wanted = set(names) if options.only is None else set(options.only.split(","))
+    if not wanted <= set(names):
+        unknown = ", ".join(sorted(wanted - set(names)))
+        raise ValueError(f"--only names {unknown!r}; the parts are {', '.join(names)}")
+    if options.tools:
+        wanted -= {name for name in names if name.startswith("build_")}
+    kept = [[part for part in stage if part.name in wanted] for stage in stages]
+    return [stage for stage in kept if stage]
+
+
 def output_of(*command: str) -> str:
     """The output of a command that describes the machine, or why there is none."""
     try:
@@ -254,8 +273,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--commit", help="commit of the sources, where git cannot tell")
     parser.add_argument("--timeout", type=int, default=450, help="seconds for each part (450)")
     parser.add_argument("--arch", default="90a", help="architecture of the tools (90a)")
+    parser.add_argument("--only", help="parts to run, by name, a,b,...; all by default")
+    parser.add_argument(
+        "--tools",
+        type=pathlib.Path,
+        help="folder with run_kernel and stress_kernel, built before from the same sources",
+    )
     parser.add_argument("--logs", type=pathlib.Path, help="keep the output of all parts here")
     options = parser.parse_args(arguments)
+    try:
+        select_parts(options, pathlib.Path())
+    except ValueError as error:
+        parser.error(str(error))
     progress = Progress()
     with tempfile.TemporaryDirectory() as folder:
         logs = options.logs or pathlib.Path(folder) / "logs"
@@ -265,7 +294,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         summary = {
             "machine": describe_machine(options.commit),
             "seed": options.seed,
-            "parts": run_parts(parts_of(options, build), logs, progress),
+            "parts": run_parts(select_parts(options, build), logs, progress),
         }
     progress.stop()
     summary["seconds"] = round(progress.seconds(), 1)

@@ -79,3 +79,26 @@ def test_help_says_what_it_needs(capsys):
     with pytest.raises(SystemExit):
         gpu_trust.main(["--help"])
     assert "nvcc" in capsys.readouterr().out
+
+
+def test_parts_can_be_left_out(tmp_path):
+    options = argparse.Namespace(
+        **{"seed": 1, "launches": 1, "fuzz_rows": 1, "arch": "90a", "commit": None},
+        **{"fuzz_json": None, "timeout": 5, "only": "stress,tests", "tools": None},
+    )
+
+    def names() -> list[list[str]]:
+        stages = gpu_trust.select_parts(options, tmp_path)
+        return [[part.name for part in stage] for stage in stages]
+
+    assert names() == [["stress"], ["tests"]]
+    options.only = None
+    assert names()[0] == ["build_run_kernel", "build_stress_kernel"]
+    options.tools = tmp_path / "tools"
+    assert names()[0] == ["stress"]
+    assert gpu_trust.select_parts(options, tmp_path)[0][0].command[0] == str(
+        tmp_path / "tools" / "stress_kernel"
+    )
+    options.only = "stress,fuss"
+    with pytest.raises(ValueError, match="--only names 'fuss'; the parts are build_run_kernel"):
+        names()
