@@ -122,6 +122,11 @@ std::string QueryDevice(int device, DeviceLimits* limits) {
     const cudaLaunchConfig_t of_size = MakeConfig(plan, false, nullptr, &attributes);
     error =
         cudaOccupancyMaxActiveClusters(&limits->resident_clusters[size - 1], kKernels[0], &of_size);
+    if (error == cudaErrorInvalidClusterSize) {  // no clusters of this size
+      (void)cudaGetLastError();
+      limits->resident_clusters[size - 1] = 0;
+      continue;
+    }
     if (error != cudaSuccess) return Describe("asking how many clusters run together", error);
   }
   return "";

@@ -269,7 +269,7 @@ __device__ __forceinline__ void OrderChunks(const Cta& cta, const ListPool& pool
   }
 }
 
-// A thread's entries in one round over the lists: consecutive ones, as bits.
+// A thread's entries in one round over the lists: consecutive ones, or none.
 constexpr uint32_t kEntriesPerThread = 8;
 constexpr uint32_t kThreadsPerChunk = kChunkEntries / kEntriesPerThread;
 constexpr uint32_t kChunksPerRound = kThreads / kThreadsPerChunk;

@@ -68,6 +68,9 @@ def gpu_section(found: Results, image: str | None) -> list[str]:
     header, cells = found.header, Cells(found.records)
     alone, in_jit = cells.column(), cells.column(metric=JIT)
     lax = cells.column(implementation="lax", metric=JIT)
+    # Lengths that were timed for a few numbers of rows only would leave gaps.
+    lengths = {n for _, n in alone}
+    whole = {n for n in lengths if all((rows, n) in alone for rows, _ in alone)} or lengths
     lines = [
         f"### {header.get('gpu')}",
         "",
@@ -82,7 +85,10 @@ def gpu_section(found: Results, image: str | None) -> list[str]:
             "Microseconds of the kernel alone (launches back to back in one CUDA graph; each may "
             "start while the one before ends, and waits for it before it reads):",
             "",
-            *_matrix({shape: _short(r.us) for shape, r in alone.items()}, "rows \\ length"),
+            *_matrix(
+                {shape: _short(r.us) for shape, r in alone.items() if shape[1] in whole},
+                "rows \\ length",
+            ),
             "",
         ]
     faster = {
@@ -135,6 +141,7 @@ def _distribution_lines(cells: Cells, normal: dict[Shape, Record]) -> list[str]:
         rows.append(
             (
                 f"`{name}`",
+                str(len(ratios)),
                 f"{geometric_mean(ratios.values()):.2f}",
                 f"{ratios[worst]:.2f} ({worst[0]} × {worst[1]})",
             )
@@ -144,7 +151,7 @@ def _distribution_lines(cells: Cells, normal: dict[Shape, Record]) -> list[str]:
     return [
         "Other values, relative to the same cell of N(0, 1):",
         "",
-        *_markdown_table(("values", "geometric mean", "worst cell"), rows),
+        *_markdown_table(("values", "cells", "geometric mean", "worst cell"), rows),
         "",
     ]
 
