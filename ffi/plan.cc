@@ -117,7 +117,7 @@ std::string PlanLaunch(const Problem& problem, const DeviceLimits& limits,
   // possible row can use. Where two CTAs share an SM the slowest row takes longer than with fewer
   // CTAs.
   int cluster = 1;
-  for (int size = 2; size <= std::min(limits.max_cluster_size, kMaxClusterSize); ++size) {
+  for (int size = 2; size <= kMaxClusterSize; ++size) {
     const bool fits = problem.rows <= limits.resident_clusters[size - 1];
     if (fits && int64_t{size - 1} * plan->part_elements < problem.width) cluster = size;
   }
@@ -142,8 +142,7 @@ std::string PlanLaunch(const Problem& problem, const DeviceLimits& limits,
     plan->num_ctas = problem.rows * cluster;
     plan->num_stages = num_stages;
     plan->list_capacity = static_cast<int>(AlignUp(problem.k + spare, 4));
-    const SmemLayout layout =
-        MakeSmemLayout(cluster, num_stages, plan->list_capacity, problem.k);
+    const SmemLayout layout = MakeSmemLayout(cluster, num_stages, plan->list_capacity, problem.k);
     plan->smem_bytes = layout.total_bytes;
     // Several CTAs are faster together than one with a large tile.
     plan->uses_large_tile = cluster == 1 && layout.has_large_tile;

@@ -56,7 +56,7 @@ BOUNDARIES = (
 tile of 384 threads with 1 to 7 vectors of four floats, the large tile, two ordinary ones, parts of
 2048, and powers of two."""
 
-LONG_BOUNDARIES = ( 36864, 43008, 73728, 86016, 147456, 163840, 172032)
+LONG_BOUNDARIES = (36864, 43008, 73728, 86016, 147456, 163840, 172032)
 """More of them: the largest parts that 2 to 16 CTAs hold, of floats and of 16-bit types, and the
 width that the bench uses."""
 

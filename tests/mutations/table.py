@@ -361,13 +361,17 @@ PLANNER = (
         _emulated("test_sorted_rows_with_a_list", SCHEDULES),
     ),
     Mutant(
-        "clusters_beyond_the_device",
+        "clusters_counted_by_sms_alone",
         CPU,
         "ffi/plan.cc",
-        "size <= std::min(limits.max_cluster_size, kMaxClusterSize)",
-        "size <= kMaxClusterSize",
-        "The limit of the developer's own GPU; others have smaller clusters, or none.",
-        _tests("test_plan", "test_every_plan_fits_its_device"),
+        "const bool fits = problem.rows <= limits.resident_clusters[size - 1];",
+        "const bool fits = problem.rows * size <= limits.num_sms;",
+        "The CTAs of a cluster lie in one group of SMs, and other GPUs have smaller ones, or none.",
+        _tests(
+            "test_plan",
+            "test_every_plan_fits_its_device",
+            "test_clusters_leave_each_cta_an_sm",
+        ),
     ),
     Mutant(
         "capacity_not_in_whole_vectors",
