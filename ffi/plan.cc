@@ -118,7 +118,7 @@ std::string PlanLaunch(const Problem& problem, const DeviceLimits& limits,
   // CTAs.
   int cluster = 1;
   for (int size = 2; size <= kMaxClusterSize; ++size) {
-    const bool fits = problem.rows <= limits.resident_clusters[size - 1];
+    const bool fits = std::max(problem.rows, int64_t{1}) <= limits.resident_clusters[size - 1];
     if (fits && int64_t{size - 1} * plan->part_elements < problem.width) cluster = size;
   }
   if (overrides.cluster_size > 0) {

@@ -238,6 +238,13 @@ def half_of_one_value(rng: np.random.Generator, width: int) -> np.ndarray:
     return x
 
 
+def far_outliers(rng: np.random.Generator, width: int) -> np.ndarray:
+    """A half of it spans many octaves, down to zero, and three values lie far above the rest."""
+    x = rng.normal(size=width)
+    x[::3000] = 1e30
+    return x
+
+
 @pytest.mark.parametrize("schedule", emulation.SCHEDULES)
 @pytest.mark.parametrize(
     ("generator", "k", "plan"),
@@ -248,7 +255,8 @@ def half_of_one_value(rng: np.random.Generator, width: int) -> np.ndarray:
         (inputs.few_values, 300, "path=exact,cluster=1"),  # streamed, and a single key
         (inputs.normal, 1500, "path=sample,cluster=1,stages=2"),  # streamed, more tiles in flight
         (inputs.normal, 3000, "path=sample,cluster=1,candidates=4"),  # lists that overflow
-        (half_of_one_value, 2100, "path=sample,cluster=2"),  # too many in a bin to be ranked there
+        (half_of_one_value, 2101, "path=sample,cluster=2"),  # too many in a bin to be ranked there
+        (far_outliers, 3999, "path=short"),  # too many in one that is even in value
         (inputs.normal, 300, "path=short"),
         (half_of_one_value, 1500, "path=short"),  # a crowded bin below others
     ],

@@ -364,8 +364,8 @@ PLANNER = (
         "clusters_counted_by_sms_alone",
         CPU,
         "ffi/plan.cc",
-        "const bool fits = problem.rows <= limits.resident_clusters[size - 1];",
-        "const bool fits = problem.rows * size <= limits.num_sms;",
+        "std::max(problem.rows, int64_t{1}) <= limits.resident_clusters[size - 1];",
+        "problem.rows * size <= limits.num_sms;",
         "The CTAs of a cluster lie in one group of SMs, and other GPUs have smaller ones, or none.",
         _tests(
             "test_plan",
