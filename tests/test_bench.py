@@ -11,6 +11,7 @@ import dataclasses
 import functools
 import itertools
 import json
+import re
 
 import jax
 import jax.numpy as jnp
@@ -939,7 +940,16 @@ def test_report_renders_both_targets_and_notices_drift(tmp_path, capsys):
     assert "| **256** | 30× |" in text
     assert "50.0 µs (10.0×)" in text
     assert "![time over row length on NVIDIA H100](h100.svg)" in text
-    assert "| `clust` | 1.00 |" in text
+    assert re.search(r"^\| `clust` \| \d+ \| 1\.00 \|", text, re.MULTILINE)
+
+
+def test_the_table_of_the_readme_has_no_gaps():
+    def section(*shapes):
+        records = [record(3.0, "cuda", GRAPH, rows=rows, length=n) for rows, n in shapes]
+        return "\n".join(report.gpu_section(Results({"gpu": "H100"}, records), None))
+
+    assert "| rows \\ length | 4096 |" in section((1, 128), (1, 4096), (2, 4096))
+    assert "| rows \\ length | 128 | 4096 |" in section((1, 128), (2, 4096))
 
 
 @pytest.mark.parametrize("text", ["none", f"{report.END}{report.BEGIN}", report.BEGIN * 2])
