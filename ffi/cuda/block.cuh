@@ -150,6 +150,20 @@ __device__ __forceinline__ void ClearBins(const Cta& cta) {
   }
 }
 
+// Words of shared memory, from whole vectors.
+template <int kWords>
+__device__ __forceinline__ void LoadWords(const uint32_t* from, uint32_t (&to)[kWords]) {
+  static_assert(kWords % 4 == 0, "whole vectors");
+#pragma unroll
+  for (int i = 0; i < kWords; i += 4) {
+    const uint4 vector = LoadShared(reinterpret_cast<const uint4*>(from + i));
+    to[i] = vector.x;
+    to[i + 1] = vector.y;
+    to[i + 2] = vector.z;
+    to[i + 3] = vector.w;
+  }
+}
+
 // A thread's bins: as many counts, in registers.
 struct BinCounts {
   uint32_t of[kBinsPerThread] = {};
@@ -158,15 +172,9 @@ struct BinCounts {
   __device__ __forceinline__ BinCounts() {}
   // The thread's share of a histogram.
   __device__ __forceinline__ explicit BinCounts(const uint4* own_bins) {
+    LoadWords(reinterpret_cast<const uint32_t*>(own_bins), of);
 #pragma unroll
-    for (int i = 0; i < kBinsPerThread / 4; ++i) {
-      const uint4 bins = LoadShared(own_bins + i);
-      of[4 * i] = bins.x;
-      of[4 * i + 1] = bins.y;
-      of[4 * i + 2] = bins.z;
-      of[4 * i + 3] = bins.w;
-      sum += bins.x + bins.y + bins.z + bins.w;
-    }
+    for (int i = 0; i < kBinsPerThread; i += 4) sum += of[i] + of[i + 1] + of[i + 2] + of[i + 3];
   }
   // The bin, from 0, that holds element `inner` < sum of them, from 0.
   __device__ __forceinline__ RankBin Find(uint32_t inner) const {

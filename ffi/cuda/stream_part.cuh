@@ -289,18 +289,7 @@ struct Entries {
     const uint32_t offset = thread % kThreadsPerChunk * kEntriesPerThread;
     first = (chunk & 0xffffu) * kChunkEntries + offset;
     valid = LowBits(static_cast<int32_t>(chunk >> 16)) >> offset & LowBits(kEntriesPerThread);
-    Load(pool.keys, keys);
-  }
-  __device__ __forceinline__ void Load(const uint32_t* from, uint32_t* to) const {
-    const uint4* vectors = reinterpret_cast<const uint4*>(from + first);
-#pragma unroll
-    for (uint32_t v = 0; v < kEntriesPerThread / 4; ++v) {
-      const uint4 vector = LoadShared(vectors + v);
-      to[4 * v] = vector.x;
-      to[4 * v + 1] = vector.y;
-      to[4 * v + 2] = vector.z;
-      to[4 * v + 3] = vector.w;
-    }
+    LoadWords(pool.keys + first, keys);
   }
   // Those for which test(key), as bits.
   template <typename Test>

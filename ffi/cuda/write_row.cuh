@@ -308,7 +308,7 @@ struct StreamSource {
       if (Unlikely(num_equal > room)) equal = DropLastBits(equal, num_equal - room);
       const uint32_t selected = greater | equal;
       uint32_t positions[kEntriesPerThread] = {};
-      if (selected != 0) entries.Load(pool.positions, positions);
+      if (selected != 0) LoadWords(pool.positions + entries.first, positions);
       uint32_t place = (sums & 0xffffu) + min(equal_before, ties_left);
 #pragma unroll
       for (uint32_t i = 0; i < kEntriesPerThread; ++i) {
