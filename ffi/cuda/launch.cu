@@ -115,7 +115,6 @@ std::string QueryDevice(int device, DeviceLimits* limits) {
   error = cudaOccupancyMaxPotentialClusterSize(&cluster_size, kKernels[0], &config);
   if (error != cudaSuccess) return Describe("asking for the largest cluster", error);
   limits->max_cluster_size = cluster_size < 1 ? 1 : cluster_size;
-  AssumeOneGroup(limits);
   for (int size = 2; size <= limits->max_cluster_size; ++size) {
     plan.cluster_size = size;
     plan.num_ctas = size;

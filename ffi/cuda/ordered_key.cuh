@@ -51,7 +51,7 @@ struct KeyOrder {
       return i % 2 == 0 ? pair & 0xffffu : pair >> 16;
     }
   }
-  // An element's bits at the upper end of a word, above anything.
+  // An element's bits at the upper end of a word; what lies below them may be anything.
   __device__ __forceinline__ static uint32_t UpperElement(const uint4& vector, int i) {
     if constexpr (kBits == 32) {
       return Element(vector, i);
