@@ -119,7 +119,11 @@ def run_part(part: Part, logs: pathlib.Path, progress: Progress) -> dict[str, An
     is_right = status == part.expected and bool(lines)
     entry = {
         "name": part.name,
-        "command": " ".join(part.command),
+        # Without what is of this machine alone.
+        "command": " ".join(
+            pathlib.Path(word).name if pathlib.Path(word).is_absolute() else word
+            for word in part.command
+        ),
         "ok": is_right,
         "status": status,
         "seconds": round(time.monotonic() - begin, 1),
@@ -281,20 +285,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--logs", type=pathlib.Path, help="keep the output of all parts here")
     options = parser.parse_args(arguments)
-    try:
-        select_parts(options, pathlib.Path())
-    except ValueError as error:
-        parser.error(str(error))
-    progress = Progress()
     with tempfile.TemporaryDirectory() as folder:
-        logs = options.logs or pathlib.Path(folder) / "logs"
-        logs.mkdir(parents=True, exist_ok=True)
         build = pathlib.Path(folder) / "build"
         build.mkdir()
+        try:
+            stages = select_parts(options, build)
+        except ValueError as error:
+            parser.error(str(error))
+        progress = Progress()
+        logs = options.logs or pathlib.Path(folder) / "logs"
+        logs.mkdir(parents=True, exist_ok=True)
         summary = {
             "machine": describe_machine(options.commit),
             "seed": options.seed,
-            "parts": run_parts(select_parts(options, build), logs, progress),
+            "parts": run_parts(stages, logs, progress),
         }
     progress.stop()
     summary["seconds"] = round(progress.seconds(), 1)

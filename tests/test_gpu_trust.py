@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import pathlib
 import sys
 
 import gpu_trust
@@ -39,6 +40,7 @@ def test_a_part_is_right_only_if_it_says_what_it_did(tmp_path, progress, part, i
     assert entry["ok"] == is_right
     assert str(entry["status"]).startswith(str(status))
     assert ("output" in entry) != is_right
+    assert entry["command"].startswith(pathlib.Path(part.command[0]).name)  # without its folder
     if is_right:
         assert entry["summary"]
 
