@@ -165,6 +165,16 @@ def test_a_second_exchange_of_counts_may_overtake_the_first(library, schedule):
             check(library, x, k, plan="path=sample,cluster=4", schedule=schedule, seed=seed)
 
 
+@pytest.mark.parametrize("cluster", [3, 5, 7])
+def test_a_peer_may_be_a_round_of_histograms_ahead(library, cluster):
+    """It has all sums of a CTA and sends it the next counts, while other sums are not yet made."""
+    for seed in range(10):
+        x = inputs.cast(inputs.clustered(np.random.default_rng(seed), 9000), np.float32)[None]
+        plan = f"path=exact,cluster={cluster},part=100,candidates=64"
+        for k in (300, 2000):
+            check(library, x, k, plan=plan, schedule="eager", seed=seed)
+
+
 @pytest.mark.parametrize("plan", ["cluster=1,candidates=4", "cluster=2,candidates=64", "cluster=1"])
 def test_a_sample_that_promises_too_much(library, plan):
     """A piece of the sample meets the few best neighbours, and the guess is too high.

@@ -109,16 +109,18 @@ __device__ __forceinline__ void SumBins(Cta& cta, uint32_t parity) {
               RemoteAddress(&header->segments_barrier, owner));
   }
   BarrierWait(&header->segments_barrier, parity);
-  for (int i = cta.thread; i < own_count * cta.num_active; i += kThreads) {
-    const int bin = i % own_count;
-    const int peer = i / own_count;
+  // To all CTAs by the thread that reads the segments: a peer that has everything goes on and may
+  // overwrite them.
+  for (int bin = cta.thread; bin < own_count; bin += kThreads) {
     uint4 sum = make_uint4(0, 0, 0, 0);
     for (int source = 0; source < cta.num_active; ++source) {
       const uint4 part = received[source * each + bin];
       sum = make_uint4(sum.x + part.x, sum.y + part.y, sum.z + part.z, sum.w + part.w);
     }
-    SendAsync(RemoteAddress(&totals[own_first + bin], peer), sum,
-              RemoteAddress(&header->totals_barrier, peer));
+    for (int peer = 0; peer < cta.num_active; ++peer) {
+      SendAsync(RemoteAddress(&totals[own_first + bin], peer), sum,
+                RemoteAddress(&header->totals_barrier, peer));
+    }
   }
   BarrierWait(&header->totals_barrier, parity);
   for (int i = cta.thread; i < kBinVectors; i += kThreads) {
