@@ -280,6 +280,55 @@ def test_no_schedule_changes_the_result(library, generator, k, plan, schedule):
         check(library, x, k, plan=plan, schedule=schedule, is_sorted=seed % 2 == 1, seed=seed)
 
 
+@pytest.mark.parametrize("is_sorted", [False, True])
+@pytest.mark.parametrize("plan", ["path=sample,cluster=1", "path=sample,cluster=3", "cluster=16"])
+def test_plateau_below_the_threshold_or_across_it(library, plan, is_sorted):
+    """ReLU scores. What lies above the plateau of zeros is kept, however k falls.
+
+    From so few that k takes ties, past k itself, where the ties are all left out and what is above
+    them must be searched, to more than the list holds.
+    """
+    rng = np.random.default_rng(6)
+    width, k = 40_000, 500
+    for num_above in (1, 250, k - 1, k, k + 1, 900, 3000, 4600):
+        x = np.zeros((1, width), np.float32)
+        x[0, rng.permutation(width)[:num_above]] = rng.exponential(size=num_above)
+        check(library, x, k, plan=plan, is_sorted=is_sorted)
+        check(library, -x, k, plan=plan, is_sorted=is_sorted, smallest=True)
+        # With the same list, and other values in the plateau's coarse bin.
+        x[0, rng.permutation(width)[:2000]] += np.float32(1e-7)
+        check(library, x, k, plan=plan, is_sorted=is_sorted)
+
+
+@pytest.mark.parametrize("schedule", emulation.SCHEDULES)
+@pytest.mark.parametrize("plan", ["path=sample,cluster=4,part=100", "cluster=2"])
+def test_large_values_in_few_ctas(library, plan, schedule):
+    """CTAs that have nothing open do not get the open keys, and still know what is before them."""
+    rng = np.random.default_rng(7)
+    width, k = 26_000, 300
+    for first, count in ((0, 600), (0, 7000), (6500, 300), (12_000, 2500), (25_600, 400)):
+        x = rng.normal(size=(1, width)).astype(np.float32)
+        x[0, first : first + count] += 20
+        if count < k + 100:  # and some that are selected for certain, elsewhere
+            x[0, ::2600] += 40
+        for is_sorted in (False, True):
+            check(library, x, k, plan=plan, schedule=schedule, is_sorted=is_sorted)
+
+
+@pytest.mark.parametrize("k", [700, 2304, 2305, 4096])
+def test_sorted_rows_with_many_ties(library, k):
+    """Ties of the lowest selected key are set apart; of another one, the bitonic sort orders them."""
+    rng = np.random.default_rng(k)
+    width = 2 * k + 100
+    for share in (0.1, 0.5, 0.9, 1.0):
+        lowest = np.where(rng.random((1, width)) < share, 0.5, 1 + rng.random((1, width)))
+        other = np.where(rng.random((1, width)) < share, 1.5, 1 + rng.random((1, width)))
+        wide = np.where(rng.random((1, width)) < share, 1e-30, rng.normal(size=(1, width)))
+        few = rng.integers(0, 5, (1, width))
+        for x in (lowest, other, wide, few):
+            check(library, x.astype(np.float32), k, is_sorted=True)
+
+
 def test_plateau_in_a_list_without_room_for_k_ties(library):
     """Streamed ties beyond the list's capacity: counted, and read again as far as wanted."""
     rng = np.random.default_rng(4)

@@ -29,7 +29,7 @@ struct RankBin {
 };
 
 // Winners decided (`certain`) and undecided (`open`) elements of one CTA's part.
-struct PartCounts {
+struct alignas(8) PartCounts {
   uint32_t certain;
   uint32_t open;
 };
@@ -44,6 +44,7 @@ struct SharedHeader {
   MBarrier winners_barrier;
   MBarrier segments_barrier;
   MBarrier totals_barrier;
+  int32_t length;       // of the row's window
   uint2 ranges[2];      // lowest and highest key seen, see CountAndSeeRange
   uint32_t num_chunks;  // of the lists, taken so far
   uint32_t num_own;     // open keys that were copied from them
@@ -54,14 +55,15 @@ struct SharedHeader {
   uint32_t num_ties;
   uint32_t crowd;                                 // of the fullest bin while pairs are sorted
   uint4 found[2];                                 // as RankBin
-  uint2 warp_sums[2][kWarps];                     // see SumOverWarps
+  Bracket warp_ranges[kWarps];                    // see KeyRange
+  PartCounts warp_counts[kWarps];                 // see SumOverWarps
   uint32_t turn_sums[2][kMaxCountWords][kWarps];  // see TurnPlaces
   uint32_t warp_listed[kWarps];                   // entries of each warp's list
   uint32_t warp_totals[2][kWarps];
   uint32_t bin_totals[kBinThreads / 32];
   alignas(16) uint32_t finalists[kMaxFinalists];  // zero where there is none
   uint32_t finalist_is_before[kMaxFinalists];
-  uint2 records[2][kMaxClusterSize];  // PartCounts of every CTA of the row, per attempt
+  PartCounts records[2][kMaxClusterSize];  // of every CTA of the row, per attempt
 };
 static_assert(sizeof(SharedHeader) <= kHeaderBytes, "the header outgrew its place");
 

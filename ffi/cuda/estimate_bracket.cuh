@@ -42,6 +42,11 @@ struct BracketGoal {
   SampleRanks ranks;
   float scale;          // elements of the row per visited element
   uint32_t open_limit;  // most elements of the row that the bracket may hold
+
+  // Whether so many visited elements stand for more than the bracket may hold.
+  __device__ __forceinline__ bool IsTooMany(uint32_t visited) const {
+    return static_cast<float>(visited) * scale > static_cast<float>(open_limit);
+  }
 };
 
 // The goal for a sample of `sample_size` out of `population`.
@@ -55,6 +60,12 @@ __device__ __forceinline__ BracketGoal SampleGoal(uint32_t k, uint32_t populatio
   goal.ranks.low = static_cast<uint32_t>(expected + margin) + 1;
   goal.open_limit = open_limit;
   return goal;
+}
+
+// The keys of a coarse bin, counted from the top.
+template <typename T>
+__device__ __forceinline__ Bracket CoarseKeys(uint32_t bin) {
+  return Bracket{CoarseLowestKey<T>(bin), bin == 0 ? T::kMaxKey : CoarseLowestKey<T>(bin - 1) - 1};
 }
 
 // Counts a vector's elements by coarse bin. One instruction per count: the hardware adds the lanes
@@ -87,111 +98,6 @@ __device__ __forceinline__ void CountLinear(Cta& cta, const uint4& vector, uint3
     const bool counts = (valid >> i & 1) != 0 && bracket.Contains(key);
     atomicAdd(&cta.bins[counts ? bins.FromTop(key) : kBins], 1u);
   }
-}
-
-// Counts the elements inside `bracket` by its linear bins, and finds the range of keys that they
-// have. `slot`: alternates between calls, zero first; the header's ranges of that slot are empty on
-// entry, and the other slot's on exit. One barrier.
-template <typename T, typename VisitAll>
-__device__ __forceinline__ Bracket CountAndSeeRange(Cta& cta, const Bracket& bracket,
-                                                    const LinearBins& bins, uint32_t flip, int slot,
-                                                    VisitAll visit_all) {
-  if (cta.thread == 0) cta.header->ranges[slot ^ 1] = make_uint2(T::kMaxKey, 0);
-  uint32_t lowest = T::kMaxKey, highest = 0;
-  visit_all([&](const uint4& vector, uint32_t valid) {
-#pragma unroll
-    for (int i = 0; i < T::kPerVector; ++i) {
-      const uint32_t key = T::Key(T::Element(vector, i), flip);
-      const bool counts = (valid >> i & 1) != 0 && bracket.Contains(key);
-      atomicAdd(&cta.bins[counts ? bins.FromTop(key) : kBins], 1u);
-      lowest = min(lowest, counts ? key : T::kMaxKey);
-      highest = max(highest, counts ? key : 0);
-    }
-  });
-  lowest = WarpMin(lowest);
-  highest = WarpMax(highest);
-  if (cta.lane == 0 && lowest <= highest) {
-    atomicMin(&cta.header->ranges[slot].x, lowest);
-    atomicMax(&cta.header->ranges[slot].y, highest);
-  }
-  SyncThreads();  // counts, minima and maxima before their reads
-  return Bracket{cta.header->ranges[slot].x, cta.header->ranges[slot].y};
-}
-
-struct Estimate {
-  Bracket bracket;
-  uint32_t above;   // visited elements above the bracket
-  uint32_t inside;  // visited elements inside it
-};
-
-// Whether the bracket holds more elements than there is room for.
-__device__ __forceinline__ bool IsCrowded(const Estimate& estimate, const BracketGoal& goal) {
-  return !estimate.bracket.IsSingleKey() &&
-         static_cast<float>(estimate.inside) * goal.scale > static_cast<float>(goal.open_limit);
-}
-
-// Narrows a crowded bracket by histograms over the range that its visited elements occupy.
-template <typename T, typename VisitAll>
-__device__ __forceinline__ Estimate RefineEstimate(Cta& cta, const BracketGoal& goal, uint32_t flip,
-                                                   bool is_open_above, bool is_open_below,
-                                                   Estimate result, VisitAll visit_all) {
-  Bracket outer = result.bracket;
-#pragma unroll 1
-  for (int i = 0; i < kMaxRefinements && IsCrowded(result, goal); ++i) {
-    const LinearBins bins(outer);
-    const Bracket seen = CountAndSeeRange<T>(cta, outer, bins, flip, i & 1, visit_all);
-    const uint32_t above = result.above;
-    const uint32_t inside = result.inside;
-    RankBin high, low;
-    FindRankBins(cta, is_open_above ? 1 : goal.ranks.high - above, goal.ranks.low - above, &high,
-                 &low);
-    // Nothing but one value seen: a plateau. Its ties need no room, see FilterTile.
-    if (seen.IsSingleKey()) {
-      result.bracket = seen;
-      break;
-    }
-    const Bracket split = bins.Keys(high.bin, low.bin, outer);
-    if (!is_open_below) result.bracket.lowest = split.lowest;
-    if (!is_open_above) result.bracket.highest = split.highest;
-    if (!is_open_above) result.above = above + high.above;
-    result.inside = above + low.above + low.inside - result.above;
-    // Few values with many ties each, and the ranks fall on several of them: only exact counts
-    // help. The first round may have split a range that its elements hardly fill.
-    if (i > 0 && result.inside == inside && goal.ranks.high != goal.ranks.low) break;
-    outer = Bracket{max(split.lowest, seen.lowest), min(split.highest, seen.highest)};
-  }
-  return result;
-}
-
-// `visit_all(visit)` calls visit(vector, valid) for this thread's share of the elements, a vector
-// at a time; it may be called several times. At least one element is visited by some thread. The
-// histogram is zero on entry and on exit. All threads return the same.
-template <typename T, typename VisitAll>
-__device__ __forceinline__ Estimate EstimateBracket(Cta& cta, const BracketGoal& goal,
-                                                    uint32_t flip, VisitAll visit_all) {
-  const uint32_t coarse_flip = CoarseFlip(flip);
-  visit_all([&](const uint4& vector, uint32_t valid) {
-    CountCoarse<T>(cta, vector, valid, coarse_flip);
-  });
-  SyncThreads();  // counts before the search
-  RankBin high, low;
-  const uint32_t num_visited = FindRankBins(cta, goal.ranks.high, goal.ranks.low, &high, &low);
-  // A side that no rank of the sample limits stays open: the row may hold keys beyond its sample.
-  const bool is_open_above = goal.ranks.high == 0;
-  const bool is_open_below = goal.ranks.low > num_visited;
-  Estimate result;
-  result.bracket = Bracket{0, T::kMaxKey};
-  if (!is_open_below) result.bracket.lowest = CoarseLowestKey<T>(low.bin);
-  if (!is_open_above && high.bin != 0) {
-    result.bracket.highest = CoarseLowestKey<T>(high.bin - 1) - 1;
-  }
-  result.above = is_open_above ? 0 : high.above;
-  result.inside = low.above + low.inside - result.above;
-
-  if (Unlikely(IsCrowded(result, goal))) {
-    result = RefineEstimate<T>(cta, goal, flip, is_open_above, is_open_below, result, visit_all);
-  }
-  return result;
 }
 
 // One thread's share of the sample of a row: 64 consecutive bytes at a pseudo-random place in each
@@ -233,10 +139,11 @@ struct Sample {
     for (int round = 0;;) {
 #pragma unroll
       for (int v = 0; v < kVectors; ++v) visit(vectors[v], valid >> (v * T::kPerVector));
-      if (++round >= num_rounds) break;
+      if (num_rounds == 1) break;
+      round = round + 1 == num_rounds ? 0 : round + 1;
       Load(window, round);
+      if (round == 0) break;
     }
-    if (num_rounds > 1) Load(window, 0);
   }
 
  private:
@@ -260,6 +167,124 @@ struct Sample {
     }
   }
 };
+
+// Counts the sample's elements inside `outer` by its linear bins, and finds the range of keys that
+// those inside `inner` have. `slot`: alternates between calls, zero first; the header's ranges of
+// that slot are empty on entry, and the other slot's on exit. One barrier.
+template <typename T>
+__device__ __forceinline__ Bracket CountAndSeeRange(Cta& cta, const RowWindow& window,
+                                                    Sample<T>& sample, const Bracket& outer,
+                                                    const Bracket& inner, const LinearBins& bins,
+                                                    uint32_t flip, int slot) {
+  if (cta.thread == 0) cta.header->ranges[slot ^ 1] = make_uint2(T::kMaxKey, 0);
+  uint32_t lowest = T::kMaxKey, highest = 0;
+  sample.VisitAll(window, [&](const uint4& vector, uint32_t valid) {
+#pragma unroll
+    for (int i = 0; i < T::kPerVector; ++i) {
+      const uint32_t key = T::Key(T::Element(vector, i), flip);
+      const bool is_valid = (valid >> i & 1) != 0;
+      atomicAdd(&cta.bins[is_valid && outer.Contains(key) ? bins.FromTop(key) : kBins], 1u);
+      const bool is_inside = is_valid && inner.Contains(key);
+      lowest = min(lowest, is_inside ? key : T::kMaxKey);
+      highest = max(highest, is_inside ? key : 0);
+    }
+  });
+  lowest = WarpMin(lowest);
+  highest = WarpMax(highest);
+  if (cta.lane == 0 && lowest <= highest) {
+    atomicMin(&cta.header->ranges[slot].x, lowest);
+    atomicMax(&cta.header->ranges[slot].y, highest);
+  }
+  SyncThreads();  // counts, minima and maxima before their reads
+  return Bracket{cta.header->ranges[slot].x, cta.header->ranges[slot].y};
+}
+
+struct Estimate {
+  Bracket bracket;
+  uint32_t above;   // visited elements above the bracket
+  uint32_t inside;  // visited elements inside it
+};
+
+// Whether the bracket holds more elements than there is room for.
+__device__ __forceinline__ bool IsCrowded(const Estimate& estimate, const BracketGoal& goal) {
+  return !estimate.bracket.IsSingleKey() && goal.IsTooMany(estimate.inside);
+}
+
+// Narrows a crowded bracket: first both of its ends, then the lower one alone. Above the bin of the
+// lower rank lie no more elements than the goal has room for, unless that is small. `low`: the keys
+// of that bin; `inside_low`: how many visited elements it holds.
+//
+// Where all that is seen in the bin is one value, a plateau, the bracket becomes that value, even
+// if the upper rank lies above it: then all that is above the plateau is kept, and its ties need no
+// room. See FilterTile.
+template <typename T>
+__device__ __forceinline__ Estimate RefineEstimate(Cta& cta, const RowWindow& window,
+                                                   Sample<T>& sample, const BracketGoal& goal,
+                                                   uint32_t flip, bool is_open_above,
+                                                   bool is_open_below, Estimate result, Bracket low,
+                                                   uint32_t inside_low) {
+  Bracket outer = result.bracket;
+  uint32_t above = result.above;   // visited elements above `outer`
+  bool has_high = !is_open_above;  // `outer` holds the upper rank
+#pragma unroll 1
+  for (int i = 0; i < kMaxRefinements && IsCrowded(result, goal) &&
+                  !goal.IsTooMany(result.inside - inside_low);
+       ++i) {
+    const LinearBins bins(outer);
+    const Bracket seen = CountAndSeeRange<T>(cta, window, sample, outer, low, bins, flip, i & 1);
+    RankBin high_bin, low_bin;
+    FindRankBins(cta, has_high ? goal.ranks.high - above : 1, goal.ranks.low - above, &high_bin,
+                 &low_bin);
+    if (seen.IsSingleKey()) {
+      result.bracket = seen;
+      break;
+    }
+    low = bins.Keys(low_bin.bin, low_bin.bin, outer);
+    inside_low = low_bin.inside;
+    if (has_high) {
+      result.bracket.highest = bins.Keys(high_bin.bin, high_bin.bin, outer).highest;
+      result.above = above + high_bin.above;
+      has_high = high_bin.bin == low_bin.bin;
+    }
+    above += low_bin.above;
+    low.lowest = max(low.lowest, seen.lowest);
+    if (!is_open_below) result.bracket.lowest = low.lowest;
+    result.inside = above + inside_low - result.above;
+    outer = low;
+  }
+  return result;
+}
+
+// In: at least one element is in the sample of some thread. The histogram is zero on entry and on
+// exit. All threads return the same.
+template <typename T>
+__device__ __forceinline__ Bracket EstimateBracket(Cta& cta, const RowWindow& window,
+                                                   Sample<T>& sample, const BracketGoal& goal,
+                                                   uint32_t flip) {
+  const uint32_t coarse_flip = CoarseFlip(flip);
+  sample.VisitAll(window, [&](const uint4& vector, uint32_t valid) {
+    CountCoarse<T>(cta, vector, valid, coarse_flip);
+  });
+  SyncThreads();  // counts before the search
+  RankBin high, low;
+  const uint32_t num_visited = FindRankBins(cta, goal.ranks.high, goal.ranks.low, &high, &low);
+  // A side that no rank of the sample limits stays open: the row may hold keys beyond its sample.
+  const bool is_open_above = goal.ranks.high == 0;
+  const bool is_open_below = goal.ranks.low > num_visited;
+  Estimate result;
+  result.bracket = Bracket{0, T::kMaxKey};
+  const Bracket low_keys = CoarseKeys<T>(low.bin);
+  if (!is_open_below) result.bracket.lowest = low_keys.lowest;
+  if (!is_open_above) result.bracket.highest = CoarseKeys<T>(high.bin).highest;
+  result.above = is_open_above ? 0 : high.above;
+  result.inside = low.above + low.inside - result.above;
+
+  if (Unlikely(IsCrowded(result, goal))) {
+    result = RefineEstimate<T>(cta, window, sample, goal, flip, is_open_above, is_open_below,
+                               result, low_keys, low.inside);
+  }
+  return result.bracket;
+}
 
 }  // namespace jax_topk
 

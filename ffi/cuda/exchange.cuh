@@ -25,6 +25,7 @@ struct RowCounts {
   uint32_t open_before;
   uint32_t padded_open;  // with every CTA's share padded to whole vectors
   uint32_t padded_open_before;
+  uint32_t with_open;  // a bit for each CTA that has open elements
 };
 
 // Tells every CTA of the row what this one counted. All earlier accesses to what candidates will
@@ -37,7 +38,7 @@ __device__ __forceinline__ void SendCounts(const Cta& cta, const PartCounts& min
   SharedHeader* header = cta.header;
   if (cta.thread == 0) {
     BarrierExpect(&header->counts_barriers[attempt],
-                  static_cast<uint32_t>(cta.num_active) * sizeof(uint2));
+                  static_cast<uint32_t>(cta.num_active) * sizeof(PartCounts));
   }
   if (cta.thread < cta.num_active) {
     SendAsync(RemoteAddress(&header->records[attempt][cta.rank], cta.thread),
@@ -46,38 +47,57 @@ __device__ __forceinline__ void SendCounts(const Cta& cta, const PartCounts& min
   }
 }
 
-// What all CTAs of the row sent.
-__device__ __forceinline__ RowCounts ReceiveCounts(const Cta& cta, const PartCounts& mine,
-                                                   uint32_t attempt) {
-  if (cta.num_active == 1) return RowCounts{mine.certain, mine.open, 0, 0, mine.open, 0};
-  SharedHeader* header = cta.header;
-  BarrierWait(&header->counts_barriers[attempt], 0);
-  const uint2 record =
-      cta.lane < cta.num_active ? header->records[attempt][cta.lane] : make_uint2(0, 0);
+// The counts of the row, in every warp alike. `record`: what CTA `lane` counted, zeros behind the
+// last.
+__device__ __forceinline__ RowCounts SumRecords(const Cta& cta, const PartCounts& record) {
   const bool is_before = cta.lane < cta.rank;
   RowCounts row;
-  row.certain = WarpSum(record.x);
-  row.open = WarpSum(record.y);
-  row.certain_before = WarpSum(is_before ? record.x : 0);
-  row.open_before = WarpSum(is_before ? record.y : 0);
-  row.padded_open = WarpSum(PadToVector(record.y));
-  row.padded_open_before = WarpSum(is_before ? PadToVector(record.y) : 0);
+  row.certain = WarpSum(record.certain);
+  row.open = WarpSum(record.open);
+  row.certain_before = WarpSum(is_before ? record.certain : 0);
+  row.open_before = WarpSum(is_before ? record.open : 0);
+  row.padded_open = WarpSum(PadToVector(record.open));
+  row.padded_open_before = WarpSum(is_before ? PadToVector(record.open) : 0);
+  row.with_open = WarpBallot(record.open != 0);
   return row;
 }
 
-// Gives every CTA of the row the open keys of all: cta.gathered then holds them by CTA, each CTA's
-// share as it collected and padded them. In: own open keys complete, ordered by a barrier.
+// What CTA `lane` counted, zeros behind the last. `mine`: this CTA's counts.
+__device__ __forceinline__ PartCounts ReceiveRecord(const Cta& cta, const PartCounts& mine,
+                                                    uint32_t attempt) {
+  if (cta.num_active == 1) return cta.lane == 0 ? mine : PartCounts{};
+  BarrierWait(&cta.header->counts_barriers[attempt], 0);
+  return cta.lane < cta.num_active ? cta.header->records[attempt][cta.lane] : PartCounts{};
+}
+
+// What all CTAs of the row sent.
+__device__ __forceinline__ RowCounts ReceiveCounts(const Cta& cta, const PartCounts& mine,
+                                                   uint32_t attempt) {
+  if (cta.num_active == 1) return RowCounts{mine.certain, mine.open, 0, 0, mine.open, 0, 1};
+  return SumRecords(cta, ReceiveRecord(cta, mine, attempt));
+}
+
+// CTAs first .. last of a row.
+struct CtaRange {
+  int first;
+  int last;
+};
+
+// Gives each of `ctas`, of which this is one, the open keys of all of them: cta.gathered then holds
+// them by CTA, each CTA's share as it collected and padded them. In: own open keys complete,
+// ordered by a barrier.
 __device__ __forceinline__ void GatherCandidates(Cta& cta, const PartCounts& mine,
-                                                 const RowCounts& row) {
+                                                 const RowCounts& row, const CtaRange& ctas) {
   if (cta.thread == 0) {
     BarrierExpect(&cta.header->candidates_barrier, row.padded_open * sizeof(uint32_t));
   }
   const uint4* own = reinterpret_cast<const uint4*>(cta.own);
-  // A warp per peer, starting with the CTA's own number, so that not all begin with CTA 0.
+  const int num_peers = ctas.last - ctas.first + 1;
+  // A warp per peer, starting with the CTA's own number, so that not all begin with the same CTA.
 #pragma unroll 1
-  for (int turn = cta.warp; turn < cta.num_active; turn += kWarps) {
-    const int peer =
-        turn + cta.rank < cta.num_active ? turn + cta.rank : turn + cta.rank - cta.num_active;
+  for (int turn = cta.warp; turn < num_peers; turn += kWarps) {
+    const int ahead = turn + cta.rank;
+    const int peer = ahead <= ctas.last ? ahead : ahead - num_peers;
     const uint32_t to = RemoteAddress(cta.gathered + row.padded_open_before, peer);
     const uint32_t barrier = RemoteAddress(&cta.header->candidates_barrier, peer);
 #pragma unroll 1

@@ -72,31 +72,52 @@ __device__ __forceinline__ RunMasks MakeMasks(const Run& run, const Bracket& bra
   return builder.Masks(run.valid);
 }
 
-// The elements of a run that are at least a key, as bits. All vectors that a run can have are read.
-template <typename T, bool kHasMask>
-__device__ __forceinline__ uint32_t AtLeastSigned(const Run& run, uint32_t mask, int32_t bound) {
-  uint32_t even = 0, odd = 0;  // two chains of instructions that depend on each other
+// Compares elements with a key as signed words: with the sign bits inverted, words compare so, and
+// those of positive floats need no other change where the largest are wanted.
+template <typename T>
+struct SignedTest {
+  uint32_t mask;
+  int32_t bound;
+
+  __device__ __forceinline__ SignedTest(uint32_t key, uint32_t flip)
+      : mask((KeyTest<T>(key, flip).mask ^ T::kSign) << kShift),
+        bound(static_cast<int32_t>((key ^ T::kSign) << kShift)) {}
+
+  // The elements of a run that are at least the key, as bits. All vectors that a run can have are
+  // read. `kHasMask` may be false where the mask is zero, which saves an instruction per element.
+  template <bool kHasMask>
+  __device__ __forceinline__ uint32_t AtLeast(const Run& run) const {
+    uint32_t even = 0, odd = 0;  // two chains of instructions that depend on each other
 #pragma unroll
+    for (int v = 0; v < T::kMaxVectors; ++v) {
+      const uint4 vector = LoadShared(run.vectors + v);
+#pragma unroll
+      for (int i = 0; i < T::kPerVector; ++i) {
+        const uint32_t word = T::UpperElement(vector, i);
+        SetIfAtLeast(i % 2 == 0 ? &even : &odd, 1u << (v * T::kPerVector + i),
+                     static_cast<int32_t>(kHasMask ? word ^ mask : word), bound);
+      }
+    }
+    return (even | odd) & run.valid;
+  }
+
+ private:
+  static constexpr int kShift = 32 - T::kBits;
+};
+
+// The elements of a run that have these bits, as bits. Rolled, since few rows need it.
+template <typename T>
+__device__ __forceinline__ uint32_t EqualTo(const Run& run, uint32_t bits) {
+  uint32_t equal = 0;
+#pragma unroll 1
   for (int v = 0; v < T::kMaxVectors; ++v) {
     const uint4 vector = LoadShared(run.vectors + v);
 #pragma unroll
     for (int i = 0; i < T::kPerVector; ++i) {
-      const uint32_t word = T::UpperElement(vector, i);
-      SetIfAtLeast(i % 2 == 0 ? &even : &odd, 1u << (v * T::kPerVector + i),
-                   static_cast<int32_t>(kHasMask ? word ^ mask : word), bound);
+      if (T::Element(vector, i) == bits) equal |= 1u << i << (v * T::kPerVector);
     }
   }
-  return (even | odd) & run.valid;
-}
-template <typename T>
-__device__ __forceinline__ uint32_t AtLeast(const Run& run, uint32_t key, uint32_t flip) {
-  // With the sign bits inverted, words compare as signed ones; those of positive floats need no
-  // other change where the largest are wanted.
-  constexpr int kShift = 32 - T::kBits;
-  const uint32_t mask = (KeyTest<T>(key, flip).mask ^ T::kSign) << kShift;
-  const int32_t bound = static_cast<int32_t>((key ^ T::kSign) << kShift);
-  return mask == 0 ? AtLeastSigned<T, false>(run, mask, bound)
-                   : AtLeastSigned<T, true>(run, mask, bound);
+  return equal & run.valid;
 }
 
 // A thread's share of a tile that holds its CTA's whole part.

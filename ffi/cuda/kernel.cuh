@@ -74,6 +74,16 @@ __device__ __forceinline__ void InitCta(const Cta& cta) {
   ClearBins(cta);
 }
 
+// The CTAs that need all open keys: those that have some, and those between them. The others know
+// what is selected before them. But all do if the output is sorted: a CTA that sent its winners at
+// once could overwrite open keys of the first one.
+__device__ __forceinline__ CtaRange CtasThatSearch(const Cta& cta, const RowCounts& row,
+                                                   bool is_sorted) {
+  const uint32_t all = LowBits(cta.num_active);
+  if (!Unlikely(row.with_open != all) || is_sorted) return CtaRange{0, cta.num_active - 1};
+  return CtaRange{__ffs(row.with_open) - 1, 31 - __clz(row.with_open)};
+}
+
 // Steps 4 and 5 of a row of more than k elements, once the counts have proved the bracket. In: own
 // open keys complete in cta.own, ordered by a barrier.
 template <typename T, typename Source>
@@ -84,20 +94,26 @@ __device__ __forceinline__ void FinishRow(Cta& cta, const TopKArgs& args, Source
   const uint32_t rank = k - row.certain;
   Selection selection{bracket.lowest, rank, row.certain_before, row.open_before, true, k};
   if (!bracket.IsSingleKey()) {
-    Candidates candidates{reinterpret_cast<const uint32_t*>(cta.own), PadToVector(row.open), 0};
-    if (cta.num_active > 1) {
-      GatherCandidates(cta, mine, row);
-      candidates = Candidates{cta.gathered, row.padded_open, row.padded_open_before};
-    }
-    source.open_keys = candidates.keys + candidates.num_before;
-    const Pivot pivot = FindPivot(cta, candidates, bracket, rank);
-    selection.pivot = pivot.key;
-    selection.num_ties = pivot.num_ties;
-    selection.greater_before += pivot.greater_before;
-    selection.equal_before = pivot.equal_before;
     selection.is_only_key = false;
-    // The padding of the shares is zero, which is also the lowest key.
-    if (pivot.key == 0) selection.equal_before -= row.padded_open_before - row.open_before;
+    const CtaRange ctas = CtasThatSearch(cta, row, args.is_sorted);
+    if (Unlikely(cta.rank < ctas.first || cta.rank > ctas.last)) {
+      if (cta.rank > ctas.last) selection.greater_before += rank;
+      selection.num_ties = selection.equal_before = 0;
+    } else {
+      Candidates candidates{reinterpret_cast<const uint32_t*>(cta.own), PadToVector(row.open), 0};
+      if (ctas.first != ctas.last) {
+        GatherCandidates(cta, mine, row, ctas);
+        candidates = Candidates{cta.gathered, row.padded_open, row.padded_open_before};
+      }
+      source.open_keys = candidates.keys + candidates.num_before;
+      const Pivot pivot = FindPivot(cta, candidates, bracket, rank);
+      selection.pivot = pivot.key;
+      selection.num_ties = pivot.num_ties;
+      selection.greater_before += pivot.greater_before;
+      selection.equal_before = pivot.equal_before;
+      // The padding of the shares is zero, which is also the lowest key.
+      if (pivot.key == 0) selection.equal_before -= row.padded_open_before - row.open_before;
+    }
   }
   WriteRow<T>(cta, source, selection, args.is_sorted, output);
 }
@@ -109,24 +125,17 @@ __device__ __forceinline__ int32_t VectorsPerThread(int32_t num_vectors) {
   return each == 4 ? 5 : each;
 }
 
-// The bracket of a long row, before any exact count.
+// The bracket of a long row, before any exact count. The exact path begins with all keys, which
+// fail unless the row is short enough to keep all of it.
 template <typename T>
 __device__ __forceinline__ Bracket GuessBracket(Cta& cta, const TopKArgs& args,
-                                                const RowWindow& window, const Part& part,
-                                                Sample<T>& sample, uint32_t flip) {
+                                                const RowWindow& window, Sample<T>& sample,
+                                                uint32_t flip) {
+  if (Unlikely(args.path == static_cast<int>(Path::kExact))) return {T::kMaxKey, T::kMaxKey};
   const uint32_t k = static_cast<uint32_t>(args.k);
-  const uint32_t length = static_cast<uint32_t>(window.length);
-  const uint32_t open_limit = args.list_capacity - k;
-  if (Unlikely(args.path == static_cast<int>(Path::kExact))) {
-    if (cta.num_active > 1) ClusterWait();
-    return NarrowBracket<T>(cta, window, part, flip, k, open_limit,
-                            KnownBracket{{0, T::kMaxKey}, 0, length});
-  }
-  const BracketGoal goal = SampleGoal(k, length, sample.num_elements(), open_limit);
-  const auto visit_all = [&](auto visit) { sample.VisitAll(window, visit); };
-  const Estimate estimate = EstimateBracket<T>(cta, goal, flip, visit_all);
-  if (cta.num_active > 1) ClusterWait();
-  return estimate.bracket;
+  const BracketGoal goal = SampleGoal(k, static_cast<uint32_t>(window.length),
+                                      sample.num_elements(), args.list_capacity - k);
+  return EstimateBracket<T>(cta, window, sample, goal, flip);
 }
 
 // Whether exact counts prove that the bracket holds the k-th key and that what is kept of it fits:
@@ -137,10 +146,11 @@ __device__ __forceinline__ bool IsProved(const Bracket& bracket, const RowCounts
   return row.certain < k && k <= row.certain + row.open && row.certain + kept <= capacity;
 }
 
-// Whether a bracket that counts have refuted can be narrowed: a guess, once. A narrowed bracket is
-// right; if counts refute it all the same, the operand has changed meanwhile.
-__device__ __forceinline__ bool CanNarrow(const TopKArgs& args, uint32_t attempt) {
-  return attempt == 0 && args.path != static_cast<int>(Path::kExact);
+// Whether counts say that the k-th key lies above a bracket that is a single key, and that all that
+// lies there was kept.
+__device__ __forceinline__ bool IsAllAboveKept(const Bracket& bracket, const RowCounts& row,
+                                               uint32_t k, uint32_t capacity) {
+  return bracket.IsSingleKey() && row.certain >= k && row.certain <= capacity;
 }
 
 // A row of which every CTA's part fits one tile: it is read once and stays in shared memory.
@@ -159,7 +169,8 @@ __device__ __forceinline__ void SelectResidentRow(Cta& cta, const TopKArgs& args
                        output.flip,
                        nullptr};
   SyncThreads();  // the cleared histogram before its use
-  Bracket bracket = GuessBracket<T>(cta, args, window, part, sample, output.flip);
+  Bracket bracket = GuessBracket<T>(cta, args, window, sample, output.flip);
+  if (cta.num_active > 1) ClusterWait();
   CopyAsyncWait<0>();
   SyncThreads();  // the tile before its use
   const uint32_t k = static_cast<uint32_t>(args.k);
@@ -173,7 +184,9 @@ __device__ __forceinline__ void SelectResidentRow(Cta& cta, const TopKArgs& args
       CollectOpenKeys<T>(cta, source.run, source.share, source.counts.open, output.flip);
     }
     row = ReceiveCounts(cta, source.counts, attempt);
-    if (!Unlikely(!IsProved(bracket, row, k, capacity)) || !CanNarrow(args, attempt)) break;
+    // A narrowed bracket is right; if counts refute it all the same, the operand has changed
+    // meanwhile.
+    if (!Unlikely(!IsProved(bracket, row, k, capacity)) || attempt > 0) break;
     bracket = NarrowBracket<T>(cta, window, part, output.flip, k, capacity - k,
                                LearnFromFailure<T>(bracket, row, k, window.length));
   }
@@ -188,46 +201,51 @@ __device__ __forceinline__ void SelectStreamedRow(Cta& cta, const TopKArgs& args
                                                   const RowOutput<T>& output) {
   if (cta.num_active > 1) JoinCluster(cta);
   Sample<T> sample(cta.thread, window);
-  StreamSource<T> source{
-      window, MakeListPool(cta, args.layout), MakeWarpPart(cta, part), {}, {}, output.flip,
-      nullptr};
-  StartStream<T>(cta, window, source.warp.part, args.num_stages);
+  StreamSource<T> source{window,      part,   MakeListPool(cta, args.layout), {}, {},
+                         output.flip, nullptr};
+  WarpPart warp = MakeWarpPart(cta, part);
+  StartStream<T>(cta, window, warp.part, args.num_stages);
   PlaceCandidates(cta, args, /*has_list=*/true);
   SyncThreads();  // the cleared histogram before its use
-  source.bracket = GuessBracket<T>(cta, args, window, part, sample, output.flip);
+  source.bracket = GuessBracket<T>(cta, args, window, sample, output.flip);
+  if (cta.num_active > 1) ClusterWait();
   const uint32_t k = static_cast<uint32_t>(args.k);
   const uint32_t capacity = static_cast<uint32_t>(args.list_capacity);
-  WarpPrefix sums;
-  PartCounts counts;
   RowCounts row;
 #pragma unroll 1
   for (uint32_t attempt = 0;; ++attempt) {
-    FilterStream<T>(cta, window, source.pool, args.num_stages, source.bracket, output.flip,
-                    &source.warp);
-    if (cta.lane == 0) cta.header->warp_listed[cta.warp] = source.warp.num_listed;
-    source.counts = CountStretch(source.warp, source.bracket);
-    sums = SumOverWarps(cta, make_uint2(source.counts.certain, source.counts.open), 0);
-    counts = PartCounts{sums.total.x, sums.total.y};
-    SendCounts(cta, counts, attempt);
+    FilterStream<T>(cta, window, source.pool, args.num_stages, source.bracket, output.flip, &warp);
+    if (cta.lane == 0) cta.header->warp_listed[cta.warp] = warp.num_listed;
+    source.counts = SumOverWarps(cta, CountStretch(warp, source.bracket));
+    SendCounts(cta, source.counts, attempt);
     OrderChunks(cta, source.pool);
-    row = ReceiveCounts(cta, counts, attempt);
-    if (!Unlikely(!IsProved(source.bracket, row, k, capacity)) || !CanNarrow(args, attempt)) break;
-    SyncThreads();  // the lists' last reads before they are begun anew
+    row = ReceiveCounts(cta, source.counts, attempt);
+    if (!Unlikely(!IsProved(source.bracket, row, k, capacity))) break;
+    // Beside a plateau: then all of it is open.
+    if (IsAllAboveKept(source.bracket, row, k, capacity)) {
+      source.bracket = Bracket{source.bracket.lowest + 1, T::kMaxKey};
+      const PartCounts record = ReceiveRecord(cta, source.counts, attempt);
+      row = SumRecords(cta, PartCounts{0, record.certain});
+      source.counts = PartCounts{0, source.counts.certain};
+      break;
+    }
+    if (attempt > 0) break;  // as above
+    SyncThreads();           // the lists' last reads before they are begun anew
     source.bracket =
         NarrowBracket<T>(cta, window, part, output.flip, k, capacity - k,
                          LearnFromStream<T>(source.bracket, row, k, capacity, window.length));
-    source.warp = MakeWarpPart(cta, part);
-    StartStream<T>(cta, window, source.warp.part, args.num_stages);
+    warp = MakeWarpPart(cta, part);
+    StartStream<T>(cta, window, warp.part, args.num_stages);
     if (cta.thread == 0) cta.header->num_chunks = 0;
     SyncThreads();  // the reset before the next lists
   }
+  SyncThreads();  // the order of the chunks before its reads
   if (!source.bracket.IsSingleKey()) {
-    SyncThreads();  // the order of the chunks before its reads
     CopyOpenKeys(cta, source.pool, source.bracket.highest);
-    PadOpenKeys(cta, counts.open);
+    PadOpenKeys(cta, source.counts.open);
     SyncThreads();  // own open keys before their reads
   }
-  FinishRow<T>(cta, args, source, source.bracket, counts, row, output);
+  FinishRow<T>(cta, args, source, source.bracket, source.counts, row, output);
 }
 
 // Vectors of each CTA's part: the row in equal parts, but no part shorter than the plan wants.
@@ -236,6 +254,47 @@ __device__ __forceinline__ int32_t VectorsPerCta(const TopKArgs& args, int32_t n
   const uint32_t each = static_cast<uint32_t>(
       (static_cast<uint64_t>(num_vectors + args.cluster_size - 1) * args.cluster_reciprocal) >> 32);
   return max(static_cast<int32_t>(each), args.part_vectors);
+}
+
+// Selects from a row that is not copied. Returns whether this CTA has a sorted row's pairs to sort.
+template <typename T>
+__device__ __forceinline__ bool SelectWindow(Cta& cta, const TopKArgs& args,
+                                             const RowWindow& window, const RowOutput<T>& output) {
+  constexpr int32_t kTileVectors = kThreads * T::kMaxVectors;
+  const bool is_forced_short =
+      args.path == static_cast<int>(Path::kShort) || window.length <= args.k;
+  const int32_t short_vectors = kThreads * (args.uses_large_tile ? kLargeTurns<T> : kMostTurns<T>);
+  // `Unlikely` puts their code behind that of longer rows: what is near the kernel's beginning
+  // waits less for its instructions where other kernels have run before.
+  if (Unlikely((args.path == static_cast<int>(Path::kAuto) || is_forced_short) &&
+               window.num_vectors <= short_vectors)) {
+    if (cta.rank != 0) return false;
+    if (window.num_vectors <= kThreads * kFewTurns<T>) {
+      SelectShortRow<T, kFewTurns<T>>(cta, args, window, output);
+    } else if (window.num_vectors > kThreads * kMostTurns<T>) {
+      SelectShortRow<T, kLargeTurns<T>>(cta, args, window, output);
+    } else if (kMiddleTurns<T> == kMostTurns<T> ||
+               window.num_vectors > kThreads * kMiddleTurns<T>) {
+      SelectShortRow<T, kMostTurns<T>>(cta, args, window, output);
+    } else {
+      SelectShortRow<T, kMiddleTurns<T>>(cta, args, window, output);
+    }
+    return true;
+  }
+  const int32_t each = VectorsPerCta(args, window.num_vectors);
+  // CTAs whose part is not empty.
+  cta.num_active = __popc(
+      WarpBallot(cta.lane < args.cluster_size && int64_t{each} * cta.lane < window.num_vectors));
+  if (cta.rank >= cta.num_active) return false;
+  Part part;
+  part.first = each * cta.rank;
+  part.last = min(part.first + each, window.num_vectors);
+  if (each <= kTileVectors) {
+    SelectResidentRow<T>(cta, args, window, part, VectorsPerThread(each), output);
+  } else {
+    SelectStreamedRow<T>(cta, args, window, part, output);
+  }
+  return cta.rank == 0;
 }
 
 template <typename T>
@@ -270,38 +329,13 @@ __device__ __forceinline__ void SelectRow(const TopKArgs& args) {
     CopyValues(window, output);
     return;
   }
-  constexpr int32_t kTileVectors = kThreads * T::kMaxVectors;
-  const bool is_forced_short =
-      args.path == static_cast<int>(Path::kShort) || window.length <= args.k;
-  const int32_t short_vectors = kThreads * (args.uses_large_tile ? kLargeTurns<T> : kMostTurns<T>);
-  if ((args.path == static_cast<int>(Path::kAuto) || is_forced_short) &&
-      window.num_vectors <= short_vectors) {
-    if (cta.rank != 0) return;
-    if (window.num_vectors <= kThreads * kFewTurns<T>) {
-      SelectShortRow<T, kFewTurns<T>>(cta, args, window, output);
-    } else if (window.num_vectors > kThreads * kMostTurns<T>) {
-      SelectShortRow<T, kLargeTurns<T>>(cta, args, window, output);
-    } else if (kMiddleTurns<T> == kMostTurns<T> ||
-               window.num_vectors > kThreads * kMiddleTurns<T>) {
-      SelectShortRow<T, kMostTurns<T>>(cta, args, window, output);
-    } else {
-      SelectShortRow<T, kMiddleTurns<T>>(cta, args, window, output);
-    }
-    return;
-  }
-  const int32_t each = VectorsPerCta(args, window.num_vectors);
-  // CTAs whose part is not empty.
-  cta.num_active = __popc(
-      WarpBallot(cta.lane < args.cluster_size && int64_t{each} * cta.lane < window.num_vectors));
-  if (cta.rank >= cta.num_active) return;
-  Part part;
-  part.first = each * cta.rank;
-  part.last = min(part.first + each, window.num_vectors);
-  if (each <= kTileVectors) {
-    SelectResidentRow<T>(cta, args, window, part, VectorsPerThread(each), output);
-  } else {
-    SelectStreamedRow<T>(cta, args, window, part, output);
-  }
+  if (cta.thread == 0) cta.header->length = length;  // not kept in a register until it is needed
+  const bool has_pairs = SelectWindow<T>(cta, args, window, output);
+  if (!Unlikely(args.is_sorted) || !has_pairs) return;
+  const int32_t count = min(cta.header->length, args.k);
+  const RowOutput<T> sorted_output(args, RowIndex(), output.flip);
+  SortAndStore<T>(cta, count, sorted_output);
+  if (count < args.k) PadRow(sorted_output, count);
 }
 
 }  // namespace jax_topk

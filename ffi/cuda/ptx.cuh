@@ -117,6 +117,9 @@ __device__ __forceinline__ void SetIfAtLeast(uint32_t* bits, uint32_t bit, int32
 
 __device__ __forceinline__ float FloatOfBits(uint32_t bits) { return __uint_as_float(bits); }
 
+// The upper word of a product.
+__device__ __forceinline__ uint32_t UpperProduct(uint32_t a, uint32_t b) { return __umulhi(a, b); }
+
 // Approximate, a few units in the last place: for guesses that are verified.
 __device__ __forceinline__ float FastDivide(float a, float b) { return __fdividef(a, b); }
 __device__ __forceinline__ float FastSquareRoot(float a) { return a * rsqrtf(a); }

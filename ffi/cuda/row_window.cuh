@@ -83,11 +83,13 @@ struct Part {
   int32_t last;
 };
 
+// Copies vectors first, first + stride, ... < last of a row that leaves the operand to shared
+// memory, in the same distance.
 template <typename T>
-__device__ __noinline__ void CopyTileAtEdge(const RowWindow window, int32_t first, int32_t last,
-                                            unsigned char* tile) {
-  for (int32_t slot = ThreadIndex(); slot < last - first; slot += kThreads) {
-    reinterpret_cast<uint4*>(tile)[slot] = LoadVectorAtEdge<T>(window, first + slot);
+__device__ __noinline__ void CopyAtEdge(const RowWindow window, int32_t first, int32_t last,
+                                        int32_t stride, unsigned char* to) {
+  for (int32_t i = first; i < last; i += stride, to += stride * kVectorBytes) {
+    *reinterpret_cast<uint4*>(to) = LoadVectorAtEdge<T>(window, i);
   }
 }
 
@@ -97,7 +99,7 @@ template <typename T>
 __device__ __forceinline__ void CopyTile(const Cta& cta, const RowWindow& window, int32_t first,
                                          int32_t last, unsigned char* tile) {
   if (Unlikely(window.leaves_operand)) {
-    CopyTileAtEdge<T>(window, first, last, tile);
+    CopyAtEdge<T>(window, first + cta.thread, last, kThreads, tile + cta.thread * kVectorBytes);
     return;
   }
   const unsigned char* from = window.vectors + int64_t{first} * kVectorBytes;
@@ -161,14 +163,26 @@ __device__ __forceinline__ Run MakeRun(int turn, const RowWindow& window, int32_
   return run;
 }
 
-// The key of element `index` of a run.
+// The bits of element `index` of a run, and its key.
+template <typename T>
+__device__ __forceinline__ uint32_t ElementInRun(const Run& run, int32_t index) {
+  if constexpr (T::kBytes == 4) {
+    return reinterpret_cast<const uint32_t*>(run.vectors)[index];
+  } else {
+    return reinterpret_cast<const uint16_t*>(run.vectors)[index];
+  }
+}
 template <typename T>
 __device__ __forceinline__ uint32_t KeyInRun(const Run& run, int32_t index, uint32_t flip) {
-  if constexpr (T::kBytes == 4) {
-    return T::Key(reinterpret_cast<const uint32_t*>(run.vectors)[index], flip);
-  } else {
-    return T::Key(reinterpret_cast<const uint16_t*>(run.vectors)[index], flip);
-  }
+  return T::Key(ElementInRun<T>(run, index), flip);
+}
+
+// Every vector takes the place of the one before it, so that a loop need not be unrolled to name
+// its registers.
+template <int kCount>
+__device__ __forceinline__ void MoveUp(uint4 (&vectors)[kCount]) {
+#pragma unroll
+  for (int i = 0; i + 1 < kCount; ++i) vectors[i] = vectors[i + 1];
 }
 
 // Calls visit(vector, valid) for the kCount vectors index(0) .. index(kCount - 1), which are loaded
@@ -190,9 +204,7 @@ __device__ __forceinline__ void VisitVectors(const RowWindow& window, Index inde
 #pragma unroll 1
   for (int v = 0; v < kCount; ++v) {
     visit(vectors[0], valid & LowBits(T::kPerVector));
-    // The vectors move up, so that the loop need not be unrolled to name its registers.
-#pragma unroll
-    for (int u = 0; u + 1 < kCount; ++u) vectors[u] = vectors[u + 1];
+    MoveUp(vectors);
     valid >>= T::kPerVector;
   }
 }

@@ -83,7 +83,8 @@ struct ShortTile {
         length(window.length),
         flip(sign_flip) {
     if (Unlikely(window.leaves_operand)) {
-      CopyTileAtEdge<T>(window, 0, window.num_vectors, cta.tiles);
+      CopyAtEdge<T>(window, cta.thread, window.num_vectors, kThreads,
+                    cta.tiles + cta.thread * kVectorBytes);
 #pragma unroll
       for (int turn = 0; turn < kHeldTurns; ++turn) {
         vectors[turn] = LoadShared(slots + turn * kThreads);
@@ -435,25 +436,31 @@ __device__ __forceinline__ uint32_t ElementInTile(const Cta& cta, int32_t number
   }
 }
 
-// Sorts and writes the elements at `count` positions, which lie in the second half of the room for
+// Makes pairs of the elements at `count` positions, which lie in the second half of the room for
 // the pairs, ordered by a barrier. `skew`: number of the element at position 0.
 template <typename T>
-__device__ __forceinline__ void WriteSortedRow(Cta& cta, int32_t count, int32_t skew,
-                                               const RowOutput<T>& output) {
+__device__ __forceinline__ void MakePairs(Cta& cta, int32_t count, int32_t skew,
+                                          const RowOutput<T>& output) {
   const int32_t* positions = reinterpret_cast<const int32_t*>(cta.own) + output.k;
   const PairSink sink(cta, 0, count);
-  // Pair i lies on the positions 2 i - k and 2 i - k + 1, which come no later than its own.
+  // Pair i lies on the positions 2 i - k and 2 i - k + 1, which come no later than its own: pairs
+  // never overwrite positions of later rounds.
+  constexpr int kPerRound = 6;
 #pragma unroll 1
-  for (int32_t first = 0; first < count; first += kThreads) {
-    const int32_t i = first + cta.thread;
-    const int32_t position = i < count ? positions[i] : 0;
+  for (int32_t first = cta.thread; first - cta.thread < count; first += kPerRound * kThreads) {
+    int32_t of_round[kPerRound];
+#pragma unroll
+    for (int i = 0; i < kPerRound; ++i) {
+      of_round[i] = first + i * kThreads < count ? positions[first + i * kThreads] : 0;
+    }
     SyncThreads();  // the positions before pairs overwrite them
-    if (i < count) {
-      const uint32_t bits = ElementInTile<T>(cta, position + skew);
-      sink.Put(static_cast<uint32_t>(i), T::Key(bits, output.flip), position);
+#pragma unroll
+    for (int i = 0; i < kPerRound; ++i) {
+      if (first + i * kThreads >= count) continue;
+      const uint32_t bits = ElementInTile<T>(cta, of_round[i] + skew);
+      sink.Put(static_cast<uint32_t>(first + i * kThreads), T::Key(bits, output.flip), of_round[i]);
     }
   }
-  SortAndStore(cta, count, output);
 }
 
 // Writes the selected elements, `count` in all.
@@ -478,7 +485,7 @@ __device__ __forceinline__ void WriteShortRow(Cta& cta, const ShortTile<T, kTurn
   }
   SyncThreads();  // the staged output before its reads
   if (Unlikely(args.is_sorted)) {
-    WriteSortedRow<T>(cta, count, skew, output);
+    MakePairs<T>(cta, count, skew, output);
     return;
   }
   StoreIndices(positions, output.indices, count);
@@ -499,10 +506,7 @@ __device__ __forceinline__ ShortSelection<T, kTurns> SelectElements(
     CountCoarse<T>(cta, vector, valid, coarse_flip);
   });
   SyncThreads();  // counts before the search
-  Estimate estimate = FindBracket(cta, k, [](uint32_t bin) {
-    return Bracket{CoarseLowestKey<T>(bin),
-                   bin == 0 ? T::kMaxKey : CoarseLowestKey<T>(bin - 1) - 1};
-  });
+  Estimate estimate = FindBracket(cta, k, [](uint32_t bin) { return CoarseKeys<T>(bin); });
   const uint32_t open_limit = min(kMaxDirect, static_cast<uint32_t>(args.list_capacity));
   if (Unlikely(estimate.inside > open_limit)) {
     estimate = NarrowCrowded(cta, tile, estimate, k, open_limit);
@@ -569,7 +573,6 @@ __device__ __forceinline__ void SelectShortRow(Cta& cta, const TopKArgs& args,
     selection = SelectElements(cta, args, tile);
   }
   WriteShortRow(cta, tile, selection, min(window.length, args.k), window.skew, args, output);
-  if (Unlikely(selects_all)) PadRow(output, window.length);
 }
 
 }  // namespace jax_topk

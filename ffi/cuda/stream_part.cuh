@@ -90,12 +90,8 @@ __device__ __forceinline__ void StartTile(const Cta& cta, const RowWindow& windo
     const unsigned char* from = window.vectors + (first + cta.lane) * kVectorBytes;
     unsigned char* to = WarpTile<T>(cta, slot) + cta.lane * kVectorBytes;
     if (Unlikely(window.leaves_operand)) {
-#pragma unroll 1
-      for (int32_t at = cta.lane; at < min(count, kWarpTile<T>); at += 32) {
-        *reinterpret_cast<uint4*>(to) =
-            LoadVectorAtEdge<T>(window, static_cast<int32_t>(first) + at);
-        to += 32 * kVectorBytes;
-      }
+      CopyAtEdge<T>(window, static_cast<int32_t>(first) + cta.lane,
+                    static_cast<int32_t>(first) + min(count, kWarpTile<T>), 32, to);
     } else {
 #pragma unroll
       for (int v = 0; v < T::kMaxVectors; ++v) {
@@ -172,20 +168,24 @@ __device__ __forceinline__ void AppendRuns(const Cta& cta, const ListPool& pool,
   if (has > had) warp->last_chunk = taken + (has - had) - 1;
 }
 
+// How elements are compared with the bracket's lower end; see SignedTest.
+enum class Comparison { kPlain, kMasked, kSingleKey };
+
 // Appends what is kept of one tile, whose first vector is `first`, to the warp's list.
-template <typename T>
+template <typename T, Comparison kComparison>
 __device__ __forceinline__ void FilterWarpTile(const Cta& cta, const RowWindow& window,
                                                const ListPool& pool, const unsigned char* tile,
                                                int32_t first, const Bracket& bracket, uint32_t flip,
                                                WarpPart* warp) {
   const Run run = MakeRun<T>(cta.lane, window, first, warp->part.last, T::kMaxVectors, tile);
-  if (Unlikely(bracket.IsSingleKey())) {
-    const RunMasks masks = MakeMasks<T>(run, bracket, flip);
-    warp->num_open += __popc(masks.open);
-    AppendRuns<T>(cta, pool, run, masks.certain, 0, flip, warp);
-    return;
+  const SignedTest<T> test(bracket.lowest, flip);
+  uint32_t kept = test.template AtLeast<kComparison != Comparison::kPlain>(run);
+  if constexpr (kComparison == Comparison::kSingleKey) {
+    const uint32_t ties = EqualTo<T>(run, T::Bits(bracket.lowest, flip));
+    warp->num_open += __popc(ties);
+    kept &= ~ties;
   }
-  AppendRuns<T>(cta, pool, run, AtLeast<T>(run, bracket.lowest, flip), bracket.highest, flip, warp);
+  AppendRuns<T>(cta, pool, run, kept, bracket.highest, flip, warp);
 }
 
 // The counts of a warp's finished stretch. Where something did not fit, all that is kept counts as
@@ -196,13 +196,12 @@ __device__ __forceinline__ PartCounts CountStretch(const WarpPart& warp, const B
   return warp.is_full ? PartCounts{0, warp.num_kept} : PartCounts{warp.num_kept - open, open};
 }
 
-// Filters a warp's stretch whose first tiles StartStream has started. In: the header's num_chunks
-// is zero. Ends without a barrier.
-template <typename T>
-__device__ __forceinline__ void FilterStream(const Cta& cta, const RowWindow& window,
-                                             const ListPool& pool, int num_stages,
-                                             const Bracket& bracket, uint32_t flip,
-                                             WarpPart* warp) {
+// As FilterStream.
+template <typename T, Comparison kComparison>
+__device__ __forceinline__ void FilterStreamBy(const Cta& cta, const RowWindow& window,
+                                               const ListPool& pool, int num_stages,
+                                               const Bracket& bracket, uint32_t flip,
+                                               WarpPart* warp) {
   int slot = 0;
 #pragma unroll 1
   for (int32_t index = 0;; ++index) {
@@ -214,32 +213,38 @@ __device__ __forceinline__ void FilterStream(const Cta& cta, const RowWindow& wi
       CopyAsyncWait<1>();
     }
     SyncWarp();  // this tile's copies before its reads
-    FilterWarpTile<T>(cta, window, pool, WarpTile<T>(cta, slot), static_cast<int32_t>(first),
-                      bracket, flip, warp);
+    FilterWarpTile<T, kComparison>(cta, window, pool, WarpTile<T>(cta, slot),
+                                   static_cast<int32_t>(first), bracket, flip, warp);
     SyncWarp();  // the tile's reads before its refill; the list before its reads
     StartTile<T>(cta, window, warp->part, index + num_stages, slot);
     slot = slot + 1 == num_stages ? 0 : slot + 1;
   }
+}
+
+// Filters a warp's stretch whose first tiles StartStream has started. In: the header's num_chunks
+// is zero. Ends without a barrier. One loop for each comparison: a loop that jumps over code that
+// it does not need waits for instructions.
+template <typename T>
+__device__ __forceinline__ void FilterStream(const Cta& cta, const RowWindow& window,
+                                             const ListPool& pool, int num_stages,
+                                             const Bracket& bracket, uint32_t flip,
+                                             WarpPart* warp) {
+  if (Unlikely(bracket.IsSingleKey())) {
+    FilterStreamBy<T, Comparison::kSingleKey>(cta, window, pool, num_stages, bracket, flip, warp);
+  } else if (Unlikely(SignedTest<T>(bracket.lowest, flip).mask != 0)) {
+    FilterStreamBy<T, Comparison::kMasked>(cta, window, pool, num_stages, bracket, flip, warp);
+  } else {
+    FilterStreamBy<T, Comparison::kPlain>(cta, window, pool, num_stages, bracket, flip, warp);
+  }
   CopyAsyncWait<0>();
 }
 
-// Sums over the CTA's warps.
-struct WarpPrefix {
-  uint2 before;  // the warps before this one
-  uint2 total;
-};
-
-// Sums pairs. `slot` 0 and 1 alternate, so that one barrier serves.
-__device__ __forceinline__ WarpPrefix SumOverWarps(const Cta& cta, uint2 of_warp, int slot) {
-  uint2* sums = cta.header->warp_sums[slot];
-  if (cta.lane == 0) sums[cta.warp] = of_warp;
-  SyncThreads();  // the warps' sums before their reads
-  const uint2 value = cta.lane < kWarps ? sums[cta.lane] : make_uint2(0, 0);
-  const bool is_before = cta.lane < cta.warp;
-  WarpPrefix prefix;
-  prefix.before = make_uint2(WarpSum(is_before ? value.x : 0), WarpSum(is_before ? value.y : 0));
-  prefix.total = make_uint2(WarpSum(value.x), WarpSum(value.y));
-  return prefix;
+// The counts of all warps' stretches. One barrier.
+__device__ __forceinline__ PartCounts SumOverWarps(const Cta& cta, const PartCounts& of_warp) {
+  if (cta.lane == 0) cta.header->warp_counts[cta.warp] = of_warp;
+  SyncThreads();  // the warps' counts before their reads
+  const PartCounts counts = cta.lane < kWarps ? cta.header->warp_counts[cta.lane] : PartCounts{};
+  return PartCounts{WarpSum(counts.certain), WarpSum(counts.open)};
 }
 
 // Of all lists: none if something did not fit, since no chunk may then be labelled.

@@ -223,7 +223,7 @@ struct TileSource {
     const uint32_t equal_before = (before >> 16) + __popc(own.equal & LowBits(offset));
     place.local +=
         (before & 0xffffu) + __popc(own.greater & LowBits(offset)) + min(equal_before, ties_left);
-    const uint32_t num_open = __popc(share.masks.open);
+    const int32_t num_open = __popc(share.masks.open);
     if (num_open == 0) return place;
     const uint32_t greater = BitsFrom(own.greater, next.greater, offset) & LowBits(num_open);
     uint32_t equal = BitsFrom(own.equal, next.equal, offset) & LowBits(num_open);
@@ -245,54 +245,23 @@ struct TileSource {
 template <typename T>
 struct StreamSource {
   const RowWindow& window;
+  Part part;
   ListPool pool;
-  WarpPart warp;
-  PartCounts counts;  // of the warp's stretch
+  PartCounts counts;  // of the CTA
   Bracket bracket;
   uint32_t flip;
   const uint32_t* open_keys;
 
   // Calls emit(place, key, position) for the CTA's selected elements; `place` counts from the CTA's
-  // first. Returns how many there are. Barriers.
+  // first. Returns how many there are. In: chunks in order, ordered by a barrier. Barriers.
   template <typename Emit>
   __device__ __forceinline__ uint32_t VisitSelected(Cta& cta, const Selection& selection,
                                                     Emit emit) const {
-    return selection.is_only_key ? VisitOnlyKey(cta, selection.TiesLeft(), emit)
-                                 : VisitByPivot(cta, selection, emit);
-  }
-
- private:
-  // Every listed element is greater than the only key of the bracket, whose ties are read again.
-  template <typename Emit>
-  __device__ __forceinline__ uint32_t VisitOnlyKey(const Cta& cta, uint32_t ties_left,
-                                                   Emit emit) const {
-    const WarpPrefix sums = SumOverWarps(cta, make_uint2(counts.certain, counts.open), 1);
-    const uint2 before = sums.before;
-    const uint32_t ties_before = min(before.y, ties_left);
-    const uint32_t ties = min(counts.open, ties_left - ties_before);
-    const uint32_t first = before.x + ties_before;
-    const uint32_t num_done = ties == 0 ? 0 : VisitTies(cta, ties, first, emit);
-    // The rest of the warp's list comes behind its last tie.
-    uint2* rests = cta.header->warp_sums[0];
-    if (cta.lane == 0) rests[cta.warp] = make_uint2(first + ties, num_done);
-    SyncThreads();  // the warps' rests before their reads
-#pragma unroll 1
-    for (uint32_t chunk = cta.warp; chunk < NumChunksTaken(cta, pool); chunk += kWarps) {
-      const uint32_t label = pool.labels[chunk];
-      const uint2 rest = rests[label & 0xffu];
-      const uint32_t turn = (label >> 8) * kChunkEntries + cta.lane;
-      const uint32_t entry = chunk * kChunkEntries + cta.lane;
-      if (turn >= rest.y && turn < cta.header->warp_listed[label & 0xffu]) {
-        emit(rest.x + turn, pool.keys[entry], static_cast<int32_t>(pool.positions[entry]));
-      }
-    }
-    return sums.total.x + min(sums.total.y, ties_left);
-  }
-
-  template <typename Emit>
-  __device__ __forceinline__ uint32_t VisitByPivot(Cta& cta, const Selection& selection,
-                                                   Emit emit) const {
     const uint32_t ties_left = selection.TiesLeft();
+    // The ties of a single key are not in the lists.
+    const uint32_t unlisted_ties = selection.is_only_key ? min(counts.open, ties_left) : 0;
+    const uint32_t num_done =
+        Unlikely(unlisted_ties != 0) ? VisitTies(cta, selection.pivot, unlisted_ties, emit) : 0;
     uint32_t before = 0;  // greater than the pivot, and equal << 16
 #pragma unroll 1
     for (uint32_t turn = 0; turn < NumChunksTaken(cta, pool); turn += kChunksPerRound) {
@@ -312,74 +281,75 @@ struct StreamSource {
       uint32_t place = (sums & 0xffffu) + min(equal_before, ties_left);
 #pragma unroll
       for (uint32_t i = 0; i < kEntriesPerThread; ++i) {
-        if (selected >> i & 1) {
-          emit(place++, entries.keys[i], static_cast<int32_t>(positions[i]));
+        if ((selected >> i & 1) == 0) continue;
+        if (place >= num_done) {
+          emit(place + unlisted_ties, entries.keys[i], static_cast<int32_t>(positions[i]));
         }
+        ++place;
       }
     }
-    return (before & 0xffffu) + min(before >> 16, ties_left);
+    return (before & 0xffffu) + min(before >> 16, ties_left) + unlisted_ties;
   }
 
-  // Vectors that a lane reads at once.
+ private:
+  // Vectors that a thread reads at once.
   static constexpr int kAtOnce = 4;
   static_assert(kAtOnce * T::kPerVector <= 32, "one bit per element");
 
-  // Reads the stretch again and emits what is selected there, from `place` on, until `ties`
-  // elements inside the bracket are found. Returns how many above it were met on the way.
+  // Reads the part again and emits what is selected there until `ties` elements equal to the pivot
+  // are found; these and all that is greater, up to some place behind the last of them. Returns how
+  // many greater ones that were. Barriers.
   template <typename Emit>
-  __device__ __forceinline__ uint32_t VisitTies(const Cta& cta, uint32_t ties, uint32_t place,
+  __device__ __forceinline__ uint32_t VisitTies(Cta& cta, uint32_t pivot, uint32_t ties,
                                                 Emit emit) const {
-    uint32_t num_certain = 0;
+    uint32_t num_greater = 0, num_ties = 0;
 #pragma unroll 1
-    for (int32_t first = warp.part.first; ties != 0 && first < warp.part.last;
-         first += 32 * kAtOnce) {
-      const int64_t own = int64_t{first} + kAtOnce * cta.lane;
+    for (int32_t first = part.first; num_ties < ties && first < part.last;
+         first += kThreads * kAtOnce) {
+      const int64_t own = int64_t{first} + kAtOnce * cta.thread;
       uint4 vectors[kAtOnce];
-      uint32_t certain = 0, open = 0;
+      uint32_t greater = 0, equal = 0;
 #pragma unroll
       for (int v = 0; v < kAtOnce; ++v) {
         vectors[v] = make_uint4(0, 0, 0, 0);
-        if (own + v < warp.part.last) {
-          vectors[v] = LoadVector<T>(window, static_cast<int32_t>(own) + v);
-        }
+        if (own + v < part.last) vectors[v] = LoadVector<T>(window, static_cast<int32_t>(own) + v);
       }
 #pragma unroll
       for (int v = 0; v < kAtOnce; ++v) {
-        if (own + v >= warp.part.last) continue;
-        uint32_t above = 0, inside = 0;
+        if (own + v >= part.last) continue;
+        uint32_t above = 0, same = 0;
 #pragma unroll
         for (int i = 0; i < T::kPerVector; ++i) {
           const uint32_t key = T::Key(T::Element(vectors[v], i), flip);
-          if (key > bracket.highest) above |= 1u << i;
-          if (bracket.Contains(key)) inside |= 1u << i;
+          if (key > pivot) above |= 1u << i;
+          if (key == pivot) same |= 1u << i;
         }
         const uint32_t valid = ValidInVector(window, static_cast<int32_t>(own) + v, T::kPerVector);
-        certain |= (above & valid) << (v * T::kPerVector);
-        open |= (inside & valid) << (v * T::kPerVector);
+        greater |= (above & valid) << (v * T::kPerVector);
+        equal |= (same & valid) << (v * T::kPerVector);
       }
-      const uint32_t num_open = __popc(open);
-      const uint32_t open_before = WarpInclusiveSum(cta.lane, num_open) - num_open;
-      const uint32_t wanted = ties > open_before ? ties - open_before : 0;
-      if (num_open > wanted) open = DropLastBits(open, num_open - wanted);
-      const uint32_t selected = certain | open;
-      const uint32_t count = __popc(selected);
-      const uint32_t inclusive = WarpInclusiveSum(cta.lane, count);
-      uint32_t at = place + inclusive - count;
-#pragma unroll
-      for (int v = 0; v < kAtOnce; ++v) {
-        uint32_t left = selected >> (v * T::kPerVector) & LowBits(T::kPerVector);
+      const uint32_t num_equal = __popc(equal);
+      const Scan scan = BlockScan(cta, __popc(greater) | num_equal << 16);
+      const uint32_t equal_before = num_ties + (scan.before >> 16);
+      const uint32_t room = ties > equal_before ? ties - equal_before : 0;
+      if (num_equal > room) equal = DropLastBits(equal, num_equal - room);
+      uint32_t place = num_greater + (scan.before & 0xffffu) + min(equal_before, ties);
+      uint32_t selected = greater | equal;
 #pragma unroll 1
-        for (; left != 0; left &= left - 1) {
-          const int i = __ffs(left) - 1;
+      for (int v = 0; v < kAtOnce; ++v) {
+#pragma unroll
+        for (int i = 0; i < T::kPerVector; ++i) {
+          if ((selected >> i & 1) == 0) continue;
           const int64_t position = (own + v) * T::kPerVector + i - window.skew;
-          emit(at++, T::Key(T::Element(vectors[v], i), flip), static_cast<int32_t>(position));
+          emit(place++, T::Key(T::Element(vectors[0], i), flip), static_cast<int32_t>(position));
         }
+        selected >>= T::kPerVector;
+        MoveUp(vectors);
       }
-      place += WarpBroadcast(inclusive, 31);
-      num_certain += WarpSum(__popc(certain));
-      ties -= WarpSum(__popc(open));
+      num_greater += scan.total & 0xffffu;
+      num_ties += scan.total >> 16;
     }
-    return num_certain;
+    return num_greater;
   }
 };
 
@@ -390,6 +360,7 @@ struct PairSink {
   uint32_t remote_barrier;
   bool is_remote;
 
+  PairSink() = default;
   // `first`: the place in the row of this CTA's first selected element; `count`: of the row's.
   __device__ __forceinline__ PairSink(const Cta& cta, uint32_t first, uint32_t count)
       : pairs(reinterpret_cast<uint2*>(cta.own) + first),
@@ -413,10 +384,10 @@ struct PairSink {
   }
 };
 
-// Sorts the pairs of a row in its first CTA and writes them.
+// Sorts the pairs of a row in its first CTA and writes them. In: pairs of this CTA, or on their way
+// from the others.
 template <typename T>
 __device__ __forceinline__ void SortAndStore(Cta& cta, int count, const RowOutput<T>& output) {
-  if (cta.rank != 0) return;
   uint2* pairs = reinterpret_cast<uint2*>(cta.own);
   if (cta.num_active > 1) BarrierWait(&cta.header->winners_barrier, 0);
   SyncThreads();  // pairs before the sort; the last reads of what the sort overwrites
@@ -481,8 +452,8 @@ __device__ __forceinline__ void StageAndStore(const Cta& cta, const TileSource<T
   staging.Store(cta, place.count, place.base, output);
 }
 
-// Writes the selected elements of a tile; of a sorted row, the first CTA writes all. In: candidates
-// and staging memory no longer needed by others, ordered by a barrier.
+// Writes the selected elements of a tile; those of a sorted row go to its first CTA, see PairSink.
+// In: candidates and staging memory no longer needed by others, ordered by a barrier.
 template <typename T>
 __device__ __forceinline__ void WriteRow(Cta& cta, const TileSource<T>& source,
                                          const Selection& selection, bool is_sorted,
@@ -499,7 +470,6 @@ __device__ __forceinline__ void WriteRow(Cta& cta, const TileSource<T>& source,
     const int i = __ffs(left) - 1;
     sink.Put(at++, source.Key(i), source.Position(i));
   }
-  SortAndStore(cta, static_cast<int>(selection.count), output);
 }
 
 // The same for a streamed part.
@@ -508,22 +478,20 @@ __device__ __forceinline__ void WriteRow(Cta& cta, const StreamSource<T>& source
                                          const Selection& selection, bool is_sorted,
                                          const RowOutput<T>& output) {
   const uint32_t first = selection.Before();
-  if (!Unlikely(is_sorted)) {
-    const Staging staging(cta, output.k);
-    const bool has_values = output.values != nullptr;
-    const uint32_t count =
-        source.VisitSelected(cta, selection, [&](uint32_t place, uint32_t key, int32_t position) {
-          staging.positions[place] = position;
-          if (Unlikely(has_values)) staging.keys[place] = key;
-        });
-    staging.Store(cta, count, first, output);
-    return;
-  }
-  const PairSink sink(cta, first, selection.count);
-  source.VisitSelected(cta, selection, [&](uint32_t place, uint32_t key, int32_t position) {
-    sink.Put(place, key, position);
-  });
-  SortAndStore(cta, static_cast<int>(selection.count), output);
+  const Staging staging(cta, output.k);
+  const bool has_values = output.values != nullptr;
+  PairSink sink{};
+  if (Unlikely(is_sorted)) sink = PairSink(cta, first, selection.count);
+  const uint32_t count =
+      source.VisitSelected(cta, selection, [&](uint32_t place, uint32_t key, int32_t position) {
+        if (Unlikely(is_sorted)) {
+          sink.Put(place, key, position);
+          return;
+        }
+        staging.positions[place] = position;
+        if (Unlikely(has_values)) staging.keys[place] = key;
+      });
+  if (!Unlikely(is_sorted)) staging.Store(cta, count, first, output);
 }
 
 }  // namespace jax_topk

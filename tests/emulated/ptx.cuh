@@ -133,6 +133,9 @@ inline float FloatOfBits(uint32_t bits) {
   std::memcpy(&value, &bits, sizeof(value));
   return value;
 }
+inline uint32_t UpperProduct(uint32_t a, uint32_t b) {
+  return static_cast<uint32_t>(uint64_t{a} * b >> 32);
+}
 inline float FastDivide(float a, float b) { return a / b; }
 inline float FastSquareRoot(float a) { return std::sqrt(a); }
 void BarrierInit(MBarrier* barrier);

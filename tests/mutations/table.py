@@ -53,6 +53,7 @@ SCHEDULES = "test_no_schedule_changes_the_result"
 BOUNDARIES = "test_lengths_at_every_boundary"
 HOSTILE = "test_hostile_rows"
 PLATEAU = "test_plateau_in_a_list_without_room_for_k_ties"
+FEW_CTAS = "test_large_values_in_few_ctas"
 
 KERNEL = (
     # --- windows and addresses --------------------------------------------------------------------
@@ -325,19 +326,95 @@ KERNEL = (
         "one_barrier_for_both_exchanges",
         EMULATED,
         "ffi/cuda/exchange.cuh",
-        "BarrierWait(&header->counts_barriers[attempt], 0);",
-        "BarrierWait(&header->counts_barriers[0], 0);",
+        "BarrierWait(&cta.header->counts_barriers[attempt], 0);",
+        "BarrierWait(&cta.header->counts_barriers[0], 0);",
         "The second exchange waits for the first one, which is over.",
         _emulated(SCHEDULES, "test_a_sample_that_misleads"),
+    ),
+    Mutant(
+        "sums_sent_before_all_segments_are_read",
+        EMULATED,
+        "ffi/cuda/exchange.cuh",
+        """  for (int bin = cta.thread; bin < own_count; bin += kThreads) {
+    uint4 sum = make_uint4(0, 0, 0, 0);
+    for (int source = 0; source < cta.num_active; ++source) {
+      const uint4 part = received[source * each + bin];
+      sum = make_uint4(sum.x + part.x, sum.y + part.y, sum.z + part.z, sum.w + part.w);
+    }
+    for (int peer = 0; peer < cta.num_active; ++peer) {""",
+        """  for (int i = cta.thread; i < own_count * cta.num_active; i += kThreads) {
+    const int bin = i % own_count;
+    uint4 sum = make_uint4(0, 0, 0, 0);
+    for (int source = 0; source < cta.num_active; ++source) {
+      const uint4 part = received[source * each + bin];
+      sum = make_uint4(sum.x + part.x, sum.y + part.y, sum.z + part.z, sum.w + part.w);
+    }
+    for (int peer = i / own_count, last = peer; peer == last; ++peer) {""",
+        "Sums for one peer are sent while those for another one are not yet made; it was so once.",
+        _emulated("test_a_peer_may_be_a_round_of_histograms_ahead"),
     ),
     Mutant(
         "more_peers_than_warps",
         EMULATED,
         "ffi/cuda/exchange.cuh",
-        "turn < cta.num_active; turn += kWarps)",
-        "turn < cta.num_active; turn += cta.num_active)",
+        "turn < num_peers; turn += kWarps)",
+        "turn < num_peers; turn += num_peers)",
         "A warp serves one peer only: a cluster of 16 has more peers than a CTA has warps.",
         _emulated(HOSTILE),
+    ),
+    Mutant(
+        "last_cta_with_open_keys_taken_for_the_first",
+        EMULATED,
+        "ffi/cuda/kernel.cuh",
+        "return CtaRange{__ffs(row.with_open) - 1, 31 - __clz(row.with_open)};",
+        "return CtaRange{__ffs(row.with_open) - 1, __ffs(row.with_open) - 1};",
+        "Only the first CTA that has open keys searches them.",
+        _emulated(FEW_CTAS, SCHEDULES),
+    ),
+    Mutant(
+        "cta_behind_the_open_keys_counts_none_of_them",
+        EMULATED,
+        "ffi/cuda/kernel.cuh",
+        "if (cta.rank > ctas.last) selection.greater_before += rank;",
+        "",
+        "A CTA that takes no part in the search forgets what is selected before it.",
+        _emulated(FEW_CTAS),
+    ),
+    Mutant(
+        "winners_sent_while_the_first_cta_searches",
+        EMULATED,
+        "ffi/cuda/kernel.cuh",
+        "if (!Unlikely(row.with_open != all) || is_sorted)",
+        "if (!Unlikely(row.with_open != all))",
+        "Of a sorted row, pairs overwrite open keys that the first CTA still reads.",
+        _emulated(FEW_CTAS),
+    ),
+    Mutant(
+        "kept_above_a_plateau_without_room",
+        EMULATED,
+        "ffi/cuda/kernel.cuh",
+        "row.certain >= k && row.certain <= capacity",
+        "row.certain >= k",
+        "peer: what did not fit the list is dropped without a word.",
+        _emulated("test_plateau_below_the_threshold_or_across_it"),
+    ),
+    Mutant(
+        "listed_once_more_behind_the_ties",
+        EMULATED,
+        "ffi/cuda/write_row.cuh",
+        "if (place >= num_done) {",
+        "if (place + 1 > 0) {",
+        "What was met while ties were read again is written a second time.",
+        _emulated(PLATEAU, "test_plateau_below_the_threshold_or_across_it"),
+    ),
+    Mutant(
+        "ties_in_front_of_this_round_forgotten",
+        EMULATED,
+        "ffi/cuda/sort_pairs.cuh",
+        "store(num_others + i - place, pair)",
+        "store(num_others + i - first - static_cast<int>(others.before), pair)",
+        "Every round of ties begins at the first place of ties again.",
+        _emulated("test_sorted_rows_with_many_ties"),
     ),
     Mutant(
         "padding_of_candidates_sent_as_it_is",

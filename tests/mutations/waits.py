@@ -22,6 +22,8 @@ _TESTS = (
     "test_a_sample_that_misleads",
     "test_hostile_rows",
     "test_plateau_in_a_list_without_room_for_k_ties",
+    "test_large_values_in_few_ctas",
+    "test_sorted_rows_with_many_ties",
 )
 
 # Part of a wait's line or of its comment -> why nothing can go wrong without it.
