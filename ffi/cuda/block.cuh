@@ -44,10 +44,11 @@ struct SharedHeader {
   MBarrier winners_barrier;
   MBarrier segments_barrier;
   MBarrier totals_barrier;
-  int32_t length;       // of the row's window
-  uint2 ranges[2];      // lowest and highest key seen, see CountAndSeeRange
-  uint32_t num_chunks;  // of the lists, taken so far
-  uint32_t num_own;     // open keys that were copied from them
+  int32_t length;                // of the row's window
+  alignas(8) uint2 own_is_free;  // its arrival says so, see GatherCandidates
+  uint2 ranges[2];               // lowest and highest key seen, see CountAndSeeRange
+  uint32_t num_chunks;           // of the lists, taken so far
+  uint32_t num_own;              // open keys that were copied from them
   uint32_t num_finalists;
   uint32_t greater_before;
   uint32_t equal_before;

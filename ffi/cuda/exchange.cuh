@@ -85,11 +85,14 @@ struct CtaRange {
 
 // Gives each of `ctas`, of which this is one, the open keys of all of them: cta.gathered then holds
 // them by CTA, each CTA's share as it collected and padded them. In: own open keys complete,
-// ordered by a barrier.
+// ordered by a barrier. `own_is_needed`: the CTAs send to cta.own of CTA 0 next, and must not
+// before it has read its own keys for the last time.
 __device__ __forceinline__ void GatherCandidates(Cta& cta, const PartCounts& mine,
-                                                 const RowCounts& row, const CtaRange& ctas) {
+                                                 const RowCounts& row, const CtaRange& ctas,
+                                                 bool own_is_needed) {
   if (cta.thread == 0) {
-    BarrierExpect(&cta.header->candidates_barrier, row.padded_open * sizeof(uint32_t));
+    BarrierExpect(&cta.header->candidates_barrier,
+                  row.padded_open * sizeof(uint32_t) + (own_is_needed ? sizeof(uint2) : 0));
   }
   const uint4* own = reinterpret_cast<const uint4*>(cta.own);
   const int num_peers = ctas.last - ctas.first + 1;
@@ -103,6 +106,13 @@ __device__ __forceinline__ void GatherCandidates(Cta& cta, const PartCounts& min
 #pragma unroll 1
     for (uint32_t first = 4 * cta.lane; first < mine.open; first += 4 * 32) {
       SendAsync(to + first * sizeof(uint32_t), own[first / 4], barrier);
+    }
+  }
+  if (Unlikely(own_is_needed) && cta.rank == 0) {
+    SyncThreads();  // the reads of own keys before the others may overwrite them
+    if (cta.thread < cta.num_active) {
+      SendAsync(RemoteAddress(&cta.header->own_is_free, cta.thread), make_uint2(0, 0),
+                RemoteAddress(&cta.header->candidates_barrier, cta.thread));
     }
   }
   BarrierWait(&cta.header->candidates_barrier, 0);

@@ -102,7 +102,7 @@ __device__ __forceinline__ void FinishRow(Cta& cta, const TopKArgs& args, Source
     } else {
       Candidates candidates{reinterpret_cast<const uint32_t*>(cta.own), PadToVector(row.open), 0};
       if (ctas.first != ctas.last) {
-        GatherCandidates(cta, mine, row, ctas);
+        GatherCandidates(cta, mine, row, ctas, args.is_sorted);
         candidates = Candidates{cta.gathered, row.padded_open, row.padded_open_before};
       }
       source.open_keys = candidates.keys + candidates.num_before;

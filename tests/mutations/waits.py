@@ -23,6 +23,7 @@ _TESTS = (
     "test_hostile_rows",
     "test_plateau_in_a_list_without_room_for_k_ties",
     "test_large_values_in_few_ctas",
+    "test_winners_may_arrive_while_the_first_cta_sends_its_open_keys",
     "test_sorted_rows_with_many_ties",
 )
 
