@@ -328,7 +328,7 @@ def test_large_values_in_few_ctas(library, plan, schedule):
 
 @pytest.mark.parametrize("k", [700, 2304, 2305, 4096])
 def test_sorted_rows_with_many_ties(library, k):
-    """Ties of the lowest selected key are set apart; of another one, the bitonic sort orders them."""
+    """Ties of the lowest selected key are set apart; others are left to the bitonic sort."""
     rng = np.random.default_rng(k)
     width = 2 * k + 100
     for share in (0.1, 0.5, 0.9, 1.0):
