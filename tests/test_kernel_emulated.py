@@ -135,6 +135,33 @@ def test_poison_beside_the_window(library, dtype, plan):
     check(library, x, 100, starts, lengths, plan=plan)
 
 
+@pytest.mark.parametrize("seed", range(6))
+def test_random_rows_plans_and_schedules(library, seed):
+    """Combinations that nobody thought of: two races were found so, see docs/trust.md."""
+    rng = np.random.default_rng(seed)
+    plans = [*PLANS, "path=sample,cluster=4,part=100", "path=exact,cluster=3,candidates=4"]
+    for _ in range(40):
+        dtype = DTYPES[rng.choice([0, 0, 1, 2])]
+        width = int(rng.choice([1, 100, 3000, 9000, 14_000, 26_000]) * rng.uniform(0.5, 1) + 1)
+        k = min(width, int(rng.choice([1, 64, 500, 2048, 4096]) * rng.uniform(0.3, 1) + 1))
+        x = inputs.cast(inputs.GENERATORS[rng.integers(len(inputs.GENERATORS))](rng, width), dtype)
+        is_whole = rng.random() < 0.5
+        start = 0 if is_whole else rng.integers(-2, max(2, width // 3))
+        length = width if is_whole else rng.integers(-1, width + 5)
+        check(
+            library,
+            x[None],
+            k,
+            np.array([start], np.int32),
+            np.array([length], np.int32),
+            smallest=rng.random() < 0.3,
+            is_sorted=rng.random() < 0.4,
+            plan=str(rng.choice(plans)),
+            schedule=str(rng.choice(emulation.SCHEDULES)),
+            seed=int(rng.integers(100)),
+        )
+
+
 def rows_that_mislead_a_sample(width: int) -> np.ndarray:
     """Neighbours are alike, so the sample says less than its size promises: the guess fails."""
     rng = np.random.default_rng(8)
@@ -302,7 +329,7 @@ def test_plateau_below_the_threshold_or_across_it(library, plan, is_sorted):
     """
     rng = np.random.default_rng(6)
     width, k = 26_000, 500
-    for num_above in (1, 250, k - 1, k, k + 1, 700, 3000, 4600):
+    for num_above in (1, k - 1, k, k + 1, 700, 4600):
         x = np.zeros((1, width), np.float32)
         x[0, rng.permutation(width)[:num_above]] = rng.exponential(size=num_above)
         check(library, x, k, plan=plan, is_sorted=is_sorted)
