@@ -216,7 +216,7 @@ __device__ __forceinline__ bool IsCrowded(const Estimate& estimate, const Bracke
 //
 // Where all that is seen in the bin is one value, a plateau, the bracket becomes that value, even
 // if the upper rank lies above it: then all that is above the plateau is kept, and its ties need no
-// room. See FilterTile.
+// room. See FilterWarpTile.
 template <typename T>
 __device__ __forceinline__ Estimate RefineEstimate(Cta& cta, const RowWindow& window,
                                                    Sample<T>& sample, const BracketGoal& goal,

@@ -125,8 +125,8 @@ __device__ __forceinline__ int32_t VectorsPerThread(int32_t num_vectors) {
   return each == 4 ? 5 : each;
 }
 
-// The bracket of a long row, before any exact count. The exact path begins with all keys, which
-// fail unless the row is short enough to keep all of it.
+// The bracket of a long row, before any exact count. The exact path begins with one that counts
+// refute: the greatest key alone.
 template <typename T>
 __device__ __forceinline__ Bracket GuessBracket(Cta& cta, const TopKArgs& args,
                                                 const RowWindow& window, Sample<T>& sample,

@@ -163,18 +163,14 @@ __device__ __forceinline__ Run MakeRun(int turn, const RowWindow& window, int32_
   return run;
 }
 
-// The bits of element `index` of a run, and its key.
-template <typename T>
-__device__ __forceinline__ uint32_t ElementInRun(const Run& run, int32_t index) {
-  if constexpr (T::kBytes == 4) {
-    return reinterpret_cast<const uint32_t*>(run.vectors)[index];
-  } else {
-    return reinterpret_cast<const uint16_t*>(run.vectors)[index];
-  }
-}
+// The key of element `index` of a run.
 template <typename T>
 __device__ __forceinline__ uint32_t KeyInRun(const Run& run, int32_t index, uint32_t flip) {
-  return T::Key(ElementInRun<T>(run, index), flip);
+  if constexpr (T::kBytes == 4) {
+    return T::Key(reinterpret_cast<const uint32_t*>(run.vectors)[index], flip);
+  } else {
+    return T::Key(reinterpret_cast<const uint16_t*>(run.vectors)[index], flip);
+  }
 }
 
 // Every vector takes the place of the one before it, so that a loop need not be unrolled to name
