@@ -434,8 +434,8 @@ PLANNER = (
         "ffi/smem_layout.h",
         "larger(list_capacity * 4, NextPowerOfTwo(k) * 8)",
         "larger(list_capacity * 4, k * 8)",
-        "The sort pads to a power of two of pairs, here over the list that others still read.",
-        _emulated("test_sorted_rows_with_a_list", SCHEDULES),
+        "The bitonic sort pads to a power of two of pairs, here behind the end of shared memory.",
+        _emulated("test_sorted_rows_with_many_ties"),
     ),
     Mutant(
         "clusters_counted_by_sms_alone",
