@@ -203,6 +203,26 @@ def test_a_peer_may_be_a_round_of_histograms_ahead(library, cluster, candidates)
             check(library, x, k, plan=plan, schedule="eager", seed=seed)
 
 
+def test_streamed_parts_wait_for_barriers_of_their_peers(library):
+    """In some of these orders one CTA has counted its part before another one has begun."""
+    x = np.random.default_rng(0).normal(size=(1, 70_000)).astype(np.float32)
+    for seed in range(4):
+        check(library, x, 300, plan="cluster=5", schedule="eager", seed=seed)
+
+
+def test_the_best_of_a_streamed_row_may_be_written_last(library):
+    """A warp that looks at all pairs before they are there must not take too low a key for the best.
+
+    All keys lie around zero, so that none of what was in their place before is better than the best.
+    """
+    for seed in range(20):
+        rng = np.random.default_rng(seed)
+        x = (-(2.0**-100) * rng.random((1, 14_000))).astype(np.float32)
+        x[0, rng.integers(14_000)] = 2.0**-96
+        plan = "path=sample,cluster=1"
+        check(library, x, 1500, plan=plan, is_sorted=True, schedule="eager", seed=seed)
+
+
 def test_winners_may_arrive_while_the_first_cta_sends_its_open_keys(library):
     """Of a sorted row: one peer has all open keys and answers before another one has them."""
     for seed in range(60):
@@ -368,7 +388,10 @@ def test_sorted_rows_with_many_ties(library, k):
         few = rng.integers(0, 5, (1, width))
         for x in (lowest, other, wide, few):
             check(library, x.astype(np.float32), k, is_sorted=True)
-    check(library, few.astype(np.float32), k, is_sorted=True, plan="path=sample,cluster=2")
+    # More than half of a power of two, and hardly a tie among the lowest: all goes to that sort.
+    crowd = rng.random((1, width))
+    crowd[0, rng.permutation(width)[: k - k // 20]] = 1.5
+    check(library, crowd.astype(np.float32), k, is_sorted=True, plan="path=sample,cluster=2")
 
 
 def test_plateau_in_a_list_without_room_for_k_ties(library):

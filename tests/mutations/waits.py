@@ -22,6 +22,8 @@ _TESTS = (
     "test_a_sample_that_misleads",
     "test_hostile_rows",
     "test_plateau_in_a_list_without_room_for_k_ties",
+    "test_streamed_parts_wait_for_barriers_of_their_peers",
+    "test_the_best_of_a_streamed_row_may_be_written_last",
     "test_large_values_in_few_ctas",
     "test_winners_may_arrive_while_the_first_cta_sends_its_open_keys",
     "test_sorted_rows_with_many_ties",
