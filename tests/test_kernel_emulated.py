@@ -211,9 +211,9 @@ def test_streamed_parts_wait_for_barriers_of_their_peers(library):
 
 
 def test_the_best_of_a_streamed_row_may_be_written_last(library):
-    """A warp that looks at all pairs before they are there must not take too low a key for the best.
+    """A warp that looks at the pairs before all are there takes too low a key for the best.
 
-    All keys lie around zero, so that none of what was in their place before is better than the best.
+    All keys lie around zero, so that nothing that was in their place before is better.
     """
     for seed in range(20):
         rng = np.random.default_rng(seed)
