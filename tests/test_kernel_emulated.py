@@ -192,8 +192,8 @@ def test_a_second_exchange_of_counts_may_overtake_the_first(library, schedule):
             check(library, x, k, plan="path=sample,cluster=4", schedule=schedule, seed=seed)
 
 
-@pytest.mark.parametrize("candidates", [4, 64, 300])
-@pytest.mark.parametrize("cluster", [3, 5, 7])
+@pytest.mark.parametrize("candidates", [4, 64])
+@pytest.mark.parametrize("cluster", [3, 5])
 def test_a_peer_may_be_a_round_of_histograms_ahead(library, cluster, candidates):
     """It has all sums of a CTA and sends it the next counts, while other sums are not yet made."""
     plan = f"path=exact,cluster={cluster},part=100,candidates={candidates}"
