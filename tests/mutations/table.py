@@ -399,6 +399,15 @@ KERNEL = (
         _emulated(FEW_CTAS),
     ),
     Mutant(
+        "kept_above_a_plateau_counted_as_certain",
+        EMULATED,
+        "ffi/cuda/kernel.cuh",
+        "row = SumRecords(cta, PartCounts{0, record.certain});",
+        "row = SumRecords(cta, record);",
+        "The k-th key lies above a plateau, and the counts still speak of the plateau.",
+        _emulated("test_plateau_below_the_threshold_or_across_it"),
+    ),
+    Mutant(
         "listed_once_more_behind_the_ties",
         EMULATED,
         "ffi/cuda/write_row.cuh",
