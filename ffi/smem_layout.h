@@ -76,6 +76,14 @@ constexpr int64_t NextPowerOfTwo(int64_t value) {
 // The rings of tiles while a row is streamed.
 constexpr int64_t TileRingBytes(int num_stages) { return num_stages * kMaxTileBytes; }
 
+// Open keys that are ranked by comparing each with all: by four threads each, or, of fewer still,
+// by the thread that has the element, which needs their positions too.
+inline constexpr int kThreadsPerCandidate = 4;
+inline constexpr int kMaxDirect = kThreads / kThreadsPerCandidate;
+inline constexpr int kMaxByOwner = 8;
+inline constexpr int64_t kRankedBytes = kMaxDirect * 4;
+static_assert(kMaxByOwner * 8 <= kRankedBytes, "keys and positions");
+
 struct SmemLayout {
   int64_t bins;  // uint32[kBins]
   int64_t a;
@@ -93,7 +101,7 @@ constexpr SmemLayout MakeSmemLayout(int cluster_size, int num_stages, int64_t li
   // Every CTA's segment of the gathered keys is padded to whole vectors; a CTA alone gathers
   // nothing. The output is k positions and k keys; sorting needs a power of two of pairs.
   const int64_t gathered_bytes = cluster_size == 1 ? 0 : (list_capacity + 4 * cluster_size) * 4;
-  const int64_t own_bytes = larger(list_capacity * 4, NextPowerOfTwo(k) * 8);
+  const int64_t own_bytes = larger(larger(list_capacity * 4, NextPowerOfTwo(k) * 8), kRankedBytes);
   const int64_t own_offset = cluster_size == 1 ? 0 : larger(gathered_bytes, kSumBytes);
   const int64_t candidates_bytes = own_offset + own_bytes;
   SmemLayout layout{};
@@ -108,7 +116,9 @@ constexpr SmemLayout MakeSmemLayout(int cluster_size, int num_stages, int64_t li
       layout.b + AlignUp(larger(larger(ListBytes(list_capacity), cluster_size == 1 ? 0 : kSumBytes),
                                 candidates_bytes),
                          128);
-  layout.has_large_tile = layout.a + kLargeTileBytes + NextPowerOfTwo(k) * 8 <= layout.total_bytes;
+  layout.has_large_tile =
+      layout.a + kLargeTileBytes + larger(NextPowerOfTwo(k) * 8, kRankedBytes) <=
+      layout.total_bytes;
   return layout;
 }
 

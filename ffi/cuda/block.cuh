@@ -21,6 +21,13 @@ struct Bracket {
   __device__ __forceinline__ bool IsSingleKey() const { return lowest == highest; }
 };
 
+// A bracket, and how many of the counted elements lie above and inside it.
+struct Estimate {
+  Bracket bracket;
+  uint32_t above;
+  uint32_t inside;
+};
+
 // The histogram bin that holds an element of a given rank.
 struct RankBin {
   uint32_t bin;     // counted from the top: 0 holds the largest keys
@@ -37,13 +44,20 @@ struct alignas(8) PartCounts {
 constexpr int kMaxFinalists = 32;
 constexpr int kMaxCountWords = 3;  // see TurnCounts
 
+// The barriers of a cluster, in SharedHeader.
+enum ClusterBarrier {
+  kCountsBarrier,  // of the first attempt; the second has its own
+  kCountsBarrierAgain,
+  kCandidatesBarrier,
+  kWinnersBarrier,
+  kSegmentsBarrier,
+  kTotalsBarrier,
+  kNumBarriers
+};
+
 // Scalars that the threads of a CTA share. Lies at offset 0 of shared memory.
 struct SharedHeader {
-  MBarrier counts_barriers[2];  // of the first and the second attempt
-  MBarrier candidates_barrier;
-  MBarrier winners_barrier;
-  MBarrier segments_barrier;
-  MBarrier totals_barrier;
+  MBarrier barriers[kNumBarriers];
   int32_t length;                // of the row's window
   alignas(8) uint2 own_is_free;  // its arrival says so, see GatherCandidates
   uint2 ranges[2];               // lowest and highest key seen, see CountAndSeeRange
@@ -53,9 +67,9 @@ struct SharedHeader {
   uint32_t greater_before;
   uint32_t equal_before;
   uint32_t pivot_key;
-  uint32_t num_ties;
+  uint32_t pivot_ties;                            // see RankDirectly
   uint32_t crowd;                                 // of the fullest bin while pairs are sorted
-  uint4 found[2];                                 // as RankBin
+  uint4 found[2];                                 // see FindRanks
   Bracket warp_ranges[kWarps];                    // see KeyRange
   PartCounts warp_counts[kWarps];                 // see SumOverWarps
   uint32_t turn_sums[2][kMaxCountWords][kWarps];  // see TurnPlaces
@@ -115,11 +129,13 @@ __device__ __forceinline__ uint32_t WarpInclusiveSum(int lane, uint32_t value) {
   return value;
 }
 
-// A CTA's own open keys fill whole vectors: behind them come zeros, the lowest key there is.
+// A CTA's own open keys fill whole vectors: behind them come zeros, the lowest key there is, up to
+// `num_padded`.
 __device__ __forceinline__ uint32_t PadToVector(uint32_t count) { return (count + 3) & ~3u; }
-__device__ __forceinline__ void PadOpenKeys(const Cta& cta, uint32_t num_open) {
+__device__ __forceinline__ void PadOpenKeys(const Cta& cta, uint32_t num_open,
+                                            uint32_t num_padded) {
   const uint32_t place = num_open + static_cast<uint32_t>(cta.thread);
-  if (place < PadToVector(num_open)) reinterpret_cast<uint32_t*>(cta.own)[place] = 0;
+  if (place < num_padded) reinterpret_cast<uint32_t*>(cta.own)[place] = 0;
 }
 
 struct Scan {
@@ -173,73 +189,97 @@ struct BinCounts {
   uint32_t sum = 0;
 
   __device__ __forceinline__ BinCounts() {}
-  // The thread's share of a histogram.
-  __device__ __forceinline__ explicit BinCounts(const uint4* own_bins) {
-    LoadWords(reinterpret_cast<const uint32_t*>(own_bins), of);
-#pragma unroll
-    for (int i = 0; i < kBinsPerThread; i += 4) sum += of[i] + of[i + 1] + of[i + 2] + of[i + 3];
+  // The share of `thread` in a histogram. Every other four lanes read their second vector first:
+  // so eight neighbours do not meet in the same banks.
+  __device__ __forceinline__ BinCounts(const uint32_t* bins, int thread) {
+    static_assert(kBinsPerThread == 8, "two vectors");
+    const uint4* own = reinterpret_cast<const uint4*>(bins) + 2 * thread;
+    const int first = SwappedFirst(thread);
+    const uint4 a = LoadShared(own + first);
+    const uint4 b = LoadShared(own + (first ^ 1));
+    const uint4 low = first == 0 ? a : b, high = first == 0 ? b : a;
+    of[0] = low.x, of[1] = low.y, of[2] = low.z, of[3] = low.w;
+    of[4] = high.x, of[5] = high.y, of[6] = high.z, of[7] = high.w;
+    sum = ((a.x + a.y) + (a.z + a.w)) + ((b.x + b.y) + (b.z + b.w));
+  }
+  __device__ __forceinline__ static void Clear(uint32_t* bins, int thread) {
+    uint4* own = reinterpret_cast<uint4*>(bins) + 2 * thread;
+    const int first = SwappedFirst(thread);
+    own[first] = make_uint4(0, 0, 0, 0);
+    own[first ^ 1] = make_uint4(0, 0, 0, 0);
   }
   // The bin, from 0, that holds element `inner` < sum of them, from 0.
   __device__ __forceinline__ RankBin Find(uint32_t inner) const {
-    RankBin found{0, 0, of[0]};
-    uint32_t reached = of[0];
+    uint32_t before[kBinsPerThread + 1] = {};
 #pragma unroll
-    for (int i = 1; i < kBinsPerThread; ++i) {
-      if (inner >= reached) found = RankBin{static_cast<uint32_t>(i), reached, of[i]};
-      reached += of[i];
+    for (int i = 0; i < kBinsPerThread; ++i) before[i + 1] = before[i] + of[i];
+    // Halved until before[0] and before[1] are those of the bin.
+    uint32_t bin = 0;
+#pragma unroll
+    for (int half = kBinsPerThread / 2; half > 0; half /= 2) {
+      const bool is_upper = inner >= before[half];
+      bin += is_upper ? half : 0;
+#pragma unroll
+      for (int i = 0; i <= half; ++i) before[i] = is_upper ? before[i + half] : before[i];
     }
-    return found;
+    return RankBin{bin, before[0], before[1] - before[0]};
   }
+
+ private:
+  __device__ __forceinline__ static int SwappedFirst(int thread) { return thread >> 2 & 1; }
 };
 
-// Finds the bins that hold two ranks (1-based, from the top; clamped to 1 .. total). In: complete
-// counts, bin 0 at the top, ordered by a barrier, not all zero. Out: the bins, known to all
-// threads; the histogram is zero again. Returns the total. Two barriers.
+// Finds the bins that hold ranks (1-based, from the top; clamped to 1 .. total): `keys_of(bin)`
+// gives the keys of a bin, counted from the top. In: complete counts, ordered by a barrier, not all
+// zero. Out: the bins, known to all threads; the histogram is zero again if `kClears`, else as it
+// was. Returns the total. Two barriers.
 //
-// Every warp that holds bins learns its own total and those before it; only the warp in which a
-// rank falls looks further.
-__device__ __forceinline__ uint32_t FindRankBins(Cta& cta, uint32_t first_rank,
-                                                 uint32_t second_rank, RankBin* first,
-                                                 RankBin* second) {
+// Only the warps in which a rank falls look further than at their sums.
+template <bool kClears, int kRanks, typename KeysOf>
+__device__ __forceinline__ uint32_t FindRanks(const Cta& cta, const uint32_t (&ranks)[kRanks],
+                                              KeysOf keys_of, Estimate (&found)[kRanks]) {
+  static_assert(kRanks <= 2, "the header has room for two");
   constexpr int kSearchWarps = kBinThreads / 32;
   uint32_t* totals = cta.header->bin_totals;
+  const int thread = UseHere(cta.thread);
+  const bool has_bins = cta.warp < kSearchWarps;
   BinCounts counts;
-  uint32_t warp_total = 0;
-  if (cta.warp < kSearchWarps) {
-    uint4* own_bins = reinterpret_cast<uint4*>(cta.bins) + kBinsPerThread / 4 * cta.thread;
-    counts = BinCounts(own_bins);
-#pragma unroll
-    for (int i = 0; i < kBinsPerThread / 4; ++i) own_bins[i] = make_uint4(0, 0, 0, 0);
-    warp_total = WarpSum(counts.sum);
-    if (cta.lane == 0) totals[cta.warp] = warp_total;
+  uint32_t before = 0;  // the thread's bins, in its warp
+  if (has_bins) {
+    counts = BinCounts(cta.bins, thread);
+    if (kClears) BinCounts::Clear(cta.bins, thread);
+    const uint32_t inclusive = WarpInclusiveSum(cta.lane, counts.sum);
+    if (cta.lane == 31) totals[cta.warp] = inclusive;
+    before = inclusive - counts.sum;
   }
   SyncThreads();  // totals before their reads
   const uint32_t of_warp = cta.lane < kSearchWarps ? totals[cta.lane] : 0;
   const uint32_t total = WarpSum(of_warp);
-  if (cta.warp < kSearchWarps) {
-    const uint32_t warp_before = WarpSum(cta.lane < cta.warp ? of_warp : 0);
-    const uint32_t first_inner = max(min(first_rank, total), 1u) - 1 - warp_before;
-    const uint32_t second_inner = max(min(second_rank, total), 1u) - 1 - warp_before;
-    // Unsigned: ranks before this warp are as wrong as those behind it.
-    if (first_inner < warp_total || second_inner < warp_total) {
-      const uint32_t before = WarpInclusiveSum(cta.lane, counts.sum) - counts.sum;
+  if (has_bins) {
+    before += WarpSum(cta.lane < cta.warp ? of_warp : 0);
+    uint32_t inner[kRanks];
+    uint32_t held = 0;
 #pragma unroll
-      for (int i = 0; i < 2; ++i) {
-        const uint32_t in_warp = i == 0 ? first_inner : second_inner;
-        const uint32_t inner = in_warp - before;
-        if (inner >= counts.sum || in_warp >= warp_total) continue;
-        const RankBin own = counts.Find(inner);
-        cta.header->found[i] =
-            make_uint4(kBinsPerThread * static_cast<uint32_t>(cta.thread) + own.bin,
-                       warp_before + before + own.above, own.inside, 0);
-      }
+    for (int i = 0; i < kRanks; ++i) {
+      inner[i] = max(min(ranks[i], total), 1u) - 1 - before;
+      // Unsigned: ranks before these bins are as wrong as those behind them.
+      if (inner[i] < counts.sum) held |= 1u << i;
+    }
+#pragma unroll 1
+    for (; held != 0; held &= held - 1) {
+      const bool is_first = (held & 1) != 0;
+      const RankBin own = counts.Find(is_first ? inner[0] : inner[kRanks - 1]);
+      const Bracket keys = keys_of(kBinsPerThread * static_cast<uint32_t>(thread) + own.bin);
+      cta.header->found[is_first ? 0 : kRanks - 1] =
+          make_uint4(keys.lowest, keys.highest, before + own.above, own.inside);
     }
   }
   SyncThreads();  // the found bins before their reads; the cleared bins before the next counts
-  const uint4 first_found = cta.header->found[0];
-  const uint4 second_found = cta.header->found[1];
-  *first = RankBin{first_found.x, first_found.y, first_found.z};
-  *second = RankBin{second_found.x, second_found.y, second_found.z};
+#pragma unroll
+  for (int i = 0; i < kRanks; ++i) {
+    const uint4 of_rank = LoadShared(&cta.header->found[i]);
+    found[i] = Estimate{Bracket{of_rank.x, of_rank.y}, of_rank.z, of_rank.w};
+  }
   return total;
 }
 

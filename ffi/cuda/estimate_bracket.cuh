@@ -111,7 +111,7 @@ struct Sample {
 
   int num_rounds;  // of kSampleElements
   int thread;
-  uint64_t stretch;         // vectors of the row per piece, with 16 bits behind the point
+  uint32_t stretch;         // vectors of the row per piece, with kStretchBits behind the point
   uint4 vectors[kVectors];  // of the first round
   uint32_t valid;
 
@@ -121,12 +121,13 @@ struct Sample {
     // The quotient by the number of pieces, rounded down a little, without a division.
     constexpr uint64_t kPerPiece = (uint64_t{1} << 32) / kPiecesPerRound;
     const uint64_t span = max(window.num_vectors - (kSamplePiece - 1), 1);
-    stretch = (span * kPerPiece) >> 16;
+    uint64_t of_round = (span * kPerPiece) >> (32 - kStretchBits);
     while (num_rounds < kMaxSampleRounds &&
            window.num_vectors > kVectorsPerSample * kVectors * kThreads * num_rounds) {
       num_rounds *= 2;
-      stretch /= 2;
+      of_round /= 2;
     }
+    stretch = static_cast<uint32_t>(of_round);
     Load(window, 0);
   }
 
@@ -148,21 +149,42 @@ struct Sample {
 
  private:
   static constexpr int kPiecesPerRound = kVectors * kThreads / kSamplePiece;
+  static constexpr int kStretchBits = 14;
+  static_assert((uint64_t{1} << (31 + kStretchBits)) / T::kPerVector /
+                        (kPiecesPerRound * kMaxSampleRounds) <
+                    uint64_t{1} << 32,
+                "a stretch of the longest row fits a word");
+  static_assert(kPiecesPerRound * kMaxSampleRounds <= 1 << kStretchBits, "a place fits a word");
 
   __device__ __forceinline__ void Load(const RowWindow& window, int round) {
-    valid = 0;
+    int32_t index[kVectors];
 #pragma unroll
     for (int v = 0; v < kVectors; ++v) {
       const uint32_t i = (round * kVectors + v) * kThreads + thread;
       const uint32_t piece = i / kSamplePiece;
-      const uint32_t jitter = (piece * 0x9E3779B1u) >> 16;  // golden ratio hash
-      const uint64_t place = (uint64_t{piece} << 16) + jitter;
-      const int32_t index =
-          static_cast<int32_t>((place * stretch) >> 32) + static_cast<int32_t>(i % kSamplePiece);
+      const uint32_t jitter = (piece * 0x9E3779B1u) >> kStretchBits;  // golden ratio hash
+      const uint32_t place = (piece << (32 - kStretchBits)) + jitter;
+      index[v] = static_cast<int32_t>(UpperProduct(place, stretch) + i % kSamplePiece);
       vectors[v] = make_uint4(0, 0, 0, 0);
-      if (index < window.num_vectors) {
-        vectors[v] = LoadVector<T>(window, index);
-        valid |= ValidInVector(window, index, T::kPerVector) << (v * T::kPerVector);
+    }
+    if (Unlikely(window.leaves_operand)) {
+#pragma unroll
+      for (int v = 0; v < kVectors; ++v) {
+        if (index[v] < window.num_vectors) vectors[v] = LoadVectorAtEdge<T>(window, index[v]);
+      }
+    } else {
+#pragma unroll
+      for (int v = 0; v < kVectors; ++v) {
+        if (index[v] < window.num_vectors) {
+          vectors[v] = LoadReadOnly(reinterpret_cast<const uint4*>(window.vectors) + index[v]);
+        }
+      }
+    }
+    valid = 0;
+#pragma unroll
+    for (int v = 0; v < kVectors; ++v) {
+      if (index[v] < window.num_vectors) {
+        valid |= ValidInVector(window, index[v], T::kPerVector) << (v * T::kPerVector);
       }
     }
   }
@@ -199,12 +221,6 @@ __device__ __forceinline__ Bracket CountAndSeeRange(Cta& cta, const RowWindow& w
   return Bracket{cta.header->ranges[slot].x, cta.header->ranges[slot].y};
 }
 
-struct Estimate {
-  Bracket bracket;
-  uint32_t above;   // visited elements above the bracket
-  uint32_t inside;  // visited elements inside it
-};
-
 // Whether the bracket holds more elements than there is room for.
 __device__ __forceinline__ bool IsCrowded(const Estimate& estimate, const BracketGoal& goal) {
   return !estimate.bracket.IsSingleKey() && goal.IsTooMany(estimate.inside);
@@ -232,19 +248,21 @@ __device__ __forceinline__ Estimate RefineEstimate(Cta& cta, const RowWindow& wi
        ++i) {
     const LinearBins bins(outer);
     const Bracket seen = CountAndSeeRange<T>(cta, window, sample, outer, low, bins, flip, i & 1);
-    RankBin high_bin, low_bin;
-    FindRankBins(cta, has_high ? goal.ranks.high - above : 1, goal.ranks.low - above, &high_bin,
-                 &low_bin);
+    Estimate found[2];
+    FindRanks<true>(
+        cta, {has_high ? goal.ranks.high - above : 1, goal.ranks.low - above},
+        [&](uint32_t bin) { return bins.Keys(bin, bin, outer); }, found);
+    const Estimate &high_bin = found[0], &low_bin = found[1];
     if (seen.IsSingleKey()) {
       result.bracket = seen;
       break;
     }
-    low = bins.Keys(low_bin.bin, low_bin.bin, outer);
+    low = low_bin.bracket;
     inside_low = low_bin.inside;
     if (has_high) {
-      result.bracket.highest = bins.Keys(high_bin.bin, high_bin.bin, outer).highest;
+      result.bracket.highest = high_bin.bracket.highest;
       result.above = above + high_bin.above;
-      has_high = high_bin.bin == low_bin.bin;
+      has_high = high_bin.bracket.lowest == low.lowest;  // the same bin
     }
     above += low_bin.above;
     low.lowest = max(low.lowest, seen.lowest);
@@ -266,22 +284,24 @@ __device__ __forceinline__ Bracket EstimateBracket(Cta& cta, const RowWindow& wi
     CountCoarse<T>(cta, vector, valid, coarse_flip);
   });
   SyncThreads();  // counts before the search
-  RankBin high, low;
-  const uint32_t num_visited = FindRankBins(cta, goal.ranks.high, goal.ranks.low, &high, &low);
+  Estimate found[2];
+  const uint32_t num_visited = FindRanks<true>(
+      cta, {goal.ranks.high, goal.ranks.low}, [](uint32_t bin) { return CoarseKeys<T>(bin); },
+      found);
+  const Estimate &high = found[0], &low = found[1];
   // A side that no rank of the sample limits stays open: the row may hold keys beyond its sample.
   const bool is_open_above = goal.ranks.high == 0;
   const bool is_open_below = goal.ranks.low > num_visited;
   Estimate result;
   result.bracket = Bracket{0, T::kMaxKey};
-  const Bracket low_keys = CoarseKeys<T>(low.bin);
-  if (!is_open_below) result.bracket.lowest = low_keys.lowest;
-  if (!is_open_above) result.bracket.highest = CoarseKeys<T>(high.bin).highest;
+  if (!is_open_below) result.bracket.lowest = low.bracket.lowest;
+  if (!is_open_above) result.bracket.highest = high.bracket.highest;
   result.above = is_open_above ? 0 : high.above;
   result.inside = low.above + low.inside - result.above;
 
   if (Unlikely(IsCrowded(result, goal))) {
     result = RefineEstimate<T>(cta, window, sample, goal, flip, is_open_above, is_open_below,
-                               result, low_keys, low.inside);
+                               result, low.bracket, low.inside);
   }
   return result.bracket;
 }

@@ -38,13 +38,13 @@ __device__ __forceinline__ void SendCounts(const Cta& cta, const PartCounts& min
   if (cta.num_active == 1) return;
   SharedHeader* header = cta.header;
   if (cta.thread == 0) {
-    BarrierExpect(&header->counts_barriers[attempt],
+    BarrierExpect(&header->barriers[kCountsBarrier + attempt],
                   static_cast<uint32_t>(cta.num_active) * sizeof(PartCounts));
   }
   if (cta.thread < cta.num_active) {
     SendAsync(RemoteAddress(&header->records[attempt][cta.rank], cta.thread),
               make_uint2(mine.certain, mine.open),
-              RemoteAddress(&header->counts_barriers[attempt], cta.thread));
+              RemoteAddress(&header->barriers[kCountsBarrier + attempt], cta.thread));
   }
 }
 
@@ -67,7 +67,7 @@ __device__ __forceinline__ RowCounts SumRecords(const Cta& cta, const PartCounts
 __device__ __forceinline__ PartCounts ReceiveRecord(const Cta& cta, const PartCounts& mine,
                                                     uint32_t attempt) {
   if (cta.num_active == 1) return cta.lane == 0 ? mine : PartCounts{};
-  BarrierWait(&cta.header->counts_barriers[attempt], 0);
+  BarrierWait(&cta.header->barriers[kCountsBarrier + attempt], 0);
   return cta.lane < cta.num_active ? cta.header->records[attempt][cta.lane] : PartCounts{};
 }
 
@@ -92,7 +92,7 @@ __device__ __forceinline__ void GatherCandidates(Cta& cta, const PartCounts& min
                                                  const RowCounts& row, const CtaRange& ctas,
                                                  bool own_is_needed) {
   if (cta.thread == 0) {
-    BarrierExpect(&cta.header->candidates_barrier,
+    BarrierExpect(&cta.header->barriers[kCandidatesBarrier],
                   row.padded_open * sizeof(uint32_t) + (own_is_needed ? sizeof(uint2) : 0));
   }
   const uint4* own = reinterpret_cast<const uint4*>(cta.own);
@@ -103,7 +103,7 @@ __device__ __forceinline__ void GatherCandidates(Cta& cta, const PartCounts& min
     const int ahead = turn + cta.rank;
     const int peer = ahead <= ctas.last ? ahead : ahead - num_peers;
     const uint32_t to = RemoteAddress(cta.gathered + row.padded_open_before, peer);
-    const uint32_t barrier = RemoteAddress(&cta.header->candidates_barrier, peer);
+    const uint32_t barrier = RemoteAddress(&cta.header->barriers[kCandidatesBarrier], peer);
 #pragma unroll 1
     for (uint32_t first = 4 * cta.lane; first < mine.open; first += 4 * 32) {
       SendAsync(to + first * sizeof(uint32_t), own[first / 4], barrier);
@@ -113,10 +113,10 @@ __device__ __forceinline__ void GatherCandidates(Cta& cta, const PartCounts& min
     SyncThreads();  // the reads of own keys before the others may overwrite them
     if (cta.thread < cta.num_active) {
       SendAsync(RemoteAddress(&cta.header->own_is_free, cta.thread), make_uint2(0, 0),
-                RemoteAddress(&cta.header->candidates_barrier, cta.thread));
+                RemoteAddress(&cta.header->barriers[kCandidatesBarrier], cta.thread));
     }
   }
-  BarrierWait(&cta.header->candidates_barrier, 0);
+  BarrierWait(&cta.header->barriers[kCandidatesBarrier], 0);
 }
 
 // Replaces the histogram of every CTA by the sum over the row's CTAs: each sums one segment of the
@@ -130,16 +130,16 @@ __device__ __forceinline__ void SumBins(Cta& cta, uint32_t parity) {
   uint4* totals = received + kClusterSegmentVectors;     // [kBinVectors]
   SharedHeader* header = cta.header;
   if (cta.thread == 0) {
-    BarrierExpect(&header->segments_barrier, cta.num_active * own_count * kVectorBytes);
-    BarrierExpect(&header->totals_barrier, kBinVectors * kVectorBytes);
+    BarrierExpect(&header->barriers[kSegmentsBarrier], cta.num_active * own_count * kVectorBytes);
+    BarrierExpect(&header->barriers[kTotalsBarrier], kBinVectors * kVectorBytes);
   }
   for (int i = cta.thread; i < kBinVectors; i += kThreads) {
     const int owner = i / each;
     SendAsync(RemoteAddress(&received[cta.rank * each + i % each], owner),
               reinterpret_cast<const uint4*>(cta.bins)[i],
-              RemoteAddress(&header->segments_barrier, owner));
+              RemoteAddress(&header->barriers[kSegmentsBarrier], owner));
   }
-  BarrierWait(&header->segments_barrier, parity);
+  BarrierWait(&header->barriers[kSegmentsBarrier], parity);
   // To all CTAs by the thread that reads the segments: a peer that has everything goes on and may
   // overwrite them.
   for (int bin = cta.thread; bin < own_count; bin += kThreads) {
@@ -150,10 +150,10 @@ __device__ __forceinline__ void SumBins(Cta& cta, uint32_t parity) {
     }
     for (int peer = 0; peer < cta.num_active; ++peer) {
       SendAsync(RemoteAddress(&totals[own_first + bin], peer), sum,
-                RemoteAddress(&header->totals_barrier, peer));
+                RemoteAddress(&header->barriers[kTotalsBarrier], peer));
     }
   }
-  BarrierWait(&header->totals_barrier, parity);
+  BarrierWait(&header->barriers[kTotalsBarrier], parity);
   for (int i = cta.thread; i < kBinVectors; i += kThreads) {
     reinterpret_cast<uint4*>(cta.bins)[i] = totals[i];
   }

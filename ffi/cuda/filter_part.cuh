@@ -147,7 +147,7 @@ template <typename T>
 __device__ __forceinline__ void CollectOpenKeys(const Cta& cta, const Run& run,
                                                 const TileShare& share, uint32_t num_open,
                                                 uint32_t flip) {
-  PadOpenKeys(cta, num_open);
+  PadOpenKeys(cta, num_open, PadToVector(num_open));
   uint32_t* place = reinterpret_cast<uint32_t*>(cta.own) + share.open_before;
 #pragma unroll 1
   for (uint32_t open = share.masks.open; open != 0; open &= open - 1) {

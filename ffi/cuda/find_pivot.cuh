@@ -15,6 +15,7 @@
 
 namespace jax_topk {
 
+// The k-th key of a row, and how many of its ties are selected.
 struct Pivot {
   uint32_t key;
   uint32_t num_ties;        // elements equal to the key that are selected, lowest positions first
@@ -35,121 +36,108 @@ constexpr int kLogPivotBins = 8;
 constexpr int kPivotBins = 1 << kLogPivotBins;
 static_assert(kPivotBins == 32 * kBinsPerThread, "a warp holds all bins");
 
-// Finds the bin of a rank (1-based, from the top) in every warp alike. In: complete counts of
-// kPivotBins bins, ordered by a barrier.
-__device__ __forceinline__ RankBin FindRankBinInWarp(const Cta& cta, uint32_t rank) {
-  const BinCounts counts(reinterpret_cast<const uint4*>(cta.bins) + kBinsPerThread / 4 * cta.lane);
-  const uint32_t before = WarpInclusiveSum(cta.lane, counts.sum) - counts.sum;
-  const uint32_t inner = rank - 1 - before;
-  const int source = __ffs(WarpBallot(inner < counts.sum)) - 1;
-  RankBin found = counts.Find(inner);
-  found.bin = WarpBroadcast(found.bin, source) + kBinsPerThread * source;
-  found.above = WarpBroadcast(before + found.above, source);
-  found.inside = WarpBroadcast(found.inside, source);
-  return found;
+// Finds the bin of a rank (1-based, from the top), by the first warp: all warps together would take
+// longer for it, since they share the units for shuffles and shared memory. In: complete counts of
+// kPivotBins bins, ordered by a barrier. One barrier.
+__device__ __forceinline__ RankBin FindPivotBin(const Cta& cta, uint32_t rank) {
+  if (cta.warp == 0) {
+    const BinCounts counts(cta.bins, UseHere(cta.lane));
+    const uint32_t before = WarpInclusiveSum(cta.lane, counts.sum) - counts.sum;
+    const uint32_t inner = rank - 1 - before;
+    // A rank behind all candidates means that the operand has changed meanwhile: any bin will do.
+    if (inner < counts.sum || (cta.lane == 31 && rank > before + counts.sum)) {
+      const RankBin own = counts.Find(inner);
+      cta.header->found[0] = make_uint4(kBinsPerThread * static_cast<uint32_t>(cta.lane) + own.bin,
+                                        before + own.above, own.inside, 0);
+    }
+  }
+  SyncThreads();  // the found bin before its reads
+  const uint4 found = LoadShared(&cta.header->found[0]);
+  return RankBin{found.x, found.y, found.z};
 }
 
-// How many of the first `num` keys are greater than a key, and how many are not smaller. `keys`:
-// whole vectors.
+// How many keys are greater than a key, and how many are not smaller.
 struct KeysAhead {
   uint32_t greater = 0, reached = 0;
 
-  __device__ __forceinline__ KeysAhead(const uint32_t* keys, uint32_t num, uint32_t key) {
-#pragma unroll 1
-    for (uint32_t first = 0; first < num; first += 4) {
-      const uint4 others = LoadShared(reinterpret_cast<const uint4*>(keys + first));
-      greater += (others.x > key) + (others.y > key) + (others.z > key) + (others.w > key);
-      reached += (others.x >= key) + (others.y >= key) + (others.z >= key) + (others.w >= key);
-    }
-  }
-  __device__ __forceinline__ bool Include(uint32_t rank) const {
-    return greater < rank && rank <= reached;
+  // By sums that carry if other > key, and if other >= key. The second never does if the key is
+  // zero, which all keys reach.
+  __device__ __forceinline__ void Count(const uint4& others, uint32_t key) {
+    greater = CountCarry(greater, others.x, ~key);
+    reached = CountCarry(reached, others.x, 0u - key);
+    greater = CountCarry(greater, others.y, ~key);
+    reached = CountCarry(reached, others.y, 0u - key);
+    greater = CountCarry(greater, others.z, ~key);
+    reached = CountCarry(reached, others.z, 0u - key);
+    greater = CountCarry(greater, others.w, ~key);
+    reached = CountCarry(reached, others.w, 0u - key);
   }
 };
 
-// Ranks the `num` finalists in every warp alike; lane i looks at the i-th. `rank` is 1-based.
-__device__ __forceinline__ Pivot RankFinalists(const Cta& cta, uint32_t num, uint32_t rank) {
-  const SharedHeader* header = cta.header;
-  const uint32_t key = header->finalists[cta.lane];
-  const bool is_before = header->finalist_is_before[cta.lane] != 0;
-  const KeysAhead ahead(header->finalists, num, key);
-  const bool is_finalist = static_cast<uint32_t>(cta.lane) < num;
-  const bool is_pivot = is_finalist && ahead.Include(rank);
-  const int source = __ffs(WarpBallot(is_pivot)) - 1;
-  Pivot pivot;
-  pivot.key = WarpBroadcast(key, source);
-  pivot.num_ties = rank - WarpBroadcast(ahead.greater, source);
-  pivot.greater_before = __popc(WarpBallot(is_finalist && is_before && key > pivot.key));
-  pivot.equal_before = __popc(WarpBallot(is_finalist && is_before && key == pivot.key));
-  return pivot;
-}
+static_assert(kMaxFinalists <= kMaxDirect, "finalists are ranked directly");
 
-// Four threads compare one candidate with all others.
-constexpr int kThreadsPerCandidate = 4;
-constexpr uint32_t kMaxDirect = kThreads / kThreadsPerCandidate;
-
-// The pivot of a row that has one CTA.
+// The key of a rank among few.
 struct DirectPivot {
   uint32_t key;
   uint32_t num_ties;   // as in Pivot
-  uint32_t num_equal;  // candidates equal to the key
+  uint32_t num_equal;  // keys equal to it
 };
 
-// Ranks at most kMaxInEveryWarp candidates of a row that has one CTA, in every warp alike. Of more
-// candidates, that all warps do the same costs more than the barrier that it saves.
-constexpr uint32_t kMaxInEveryWarp = 8;
-__device__ __forceinline__ DirectPivot RankInEveryWarp(const Cta& cta, const Candidates& candidates,
-                                                       uint32_t rank) {
-  const bool has_key = static_cast<uint32_t>(cta.lane) < candidates.count;
-  const uint32_t key = has_key ? candidates.keys[cta.lane] : 0;
-  const KeysAhead ahead(candidates.keys, candidates.count, key);
-  const int source = __ffs(WarpBallot(has_key && ahead.Include(rank))) - 1;
-  const uint32_t greater = WarpBroadcast(ahead.greater, source);
-  return DirectPivot{WarpBroadcast(key, source), rank - greater,
-                     WarpBroadcast(ahead.reached, source) - greater};
-}
-
-// Ranks at most kMaxDirect candidates of a row that has one CTA. In: the header's pivot is zero.
-// One barrier.
-__device__ __forceinline__ DirectPivot RankDirectly(const Cta& cta, const Candidates& candidates,
-                                                    uint32_t rank) {
+// Ranks at most kMaxDirect keys in shared memory, by four threads each: whole vectors, behind the
+// last key zeros, ordered by a barrier. In: the header's pivot is zero. One barrier.
+__device__ __forceinline__ DirectPivot RankDirectly(const Cta& cta, const uint32_t* keys,
+                                                    uint32_t count, uint32_t rank) {
   static_assert(kThreadsPerCandidate == 4, "two steps sum the shares");
-  const uint32_t own = static_cast<uint32_t>(cta.thread) / kThreadsPerCandidate;
-  const uint32_t share = static_cast<uint32_t>(cta.thread) % kThreadsPerCandidate;
-  const uint32_t key = own < candidates.count ? candidates.keys[own] : 0;
-  // Greater ones, and not smaller ones << 16.
-  uint32_t ahead = 0;
+  constexpr uint32_t kPerWarp = 32 / kThreadsPerCandidate;
+  const uint32_t thread = static_cast<uint32_t>(UseHere(cta.thread));
+  if (thread / 32 * kPerWarp < count) {  // the whole warp
+    const uint32_t own = thread / kThreadsPerCandidate;
+    const uint32_t share = thread % kThreadsPerCandidate;
+    const uint32_t key = own < count ? keys[own] : 0;
+    KeysAhead of_share;
+    uint32_t num_seen = 0;
 #pragma unroll 1
-  for (uint32_t vector = share; 4 * vector < candidates.count; vector += kThreadsPerCandidate) {
-    const uint4 others = LoadShared(reinterpret_cast<const uint4*>(candidates.keys) + vector);
-    ahead += (others.x > key) + (others.y > key) + (others.z > key) + (others.w > key);
-    ahead += ((others.x >= key) + (others.y >= key) + (others.z >= key) + (others.w >= key)) << 16;
-  }
-  ahead += WarpShiftUp(ahead, 1);
-  ahead += WarpShiftUp(ahead, 2);
-  const uint32_t greater = ahead & 0xffffu;
-  const bool has_sum = share == kThreadsPerCandidate - 1;
-  if (has_sum && own < candidates.count && greater < rank && rank <= ahead >> 16) {
-    // Several if the pivot has ties, all with the same news.
-    atomicMax(&cta.header->pivot_key, key);
-    atomicMax(&cta.header->num_ties, (rank - greater) | ((ahead >> 16) - greater) << 16);
+    for (uint32_t vector = share; 4 * vector < count; vector += kThreadsPerCandidate) {
+      of_share.Count(LoadShared(reinterpret_cast<const uint4*>(keys) + vector), key);
+      num_seen += 4;
+    }
+    // Greater ones, and not smaller ones << 16.
+    uint32_t ahead = of_share.greater | (key == 0 ? num_seen : of_share.reached) << 16;
+    ahead += WarpShiftUp(ahead, 1);
+    ahead += WarpShiftUp(ahead, 2);
+    const uint32_t greater = ahead & 0xffffu;
+    const bool has_sum = share == kThreadsPerCandidate - 1;
+    if (has_sum && own < count && greater < rank && rank <= ahead >> 16) {
+      // Several if the pivot has ties, all with the same news.
+      RaiseTo(&cta.header->pivot_key, key);
+      RaiseTo(&cta.header->pivot_ties, (rank - greater) | ((ahead >> 16) - greater) << 16);
+    }
   }
   SyncThreads();  // the pivot before its reads
-  const uint32_t ties = cta.header->num_ties;
+  const uint32_t ties = cta.header->pivot_ties;
   return DirectPivot{cta.header->pivot_key, ties & 0xffffu, ties >> 16};
 }
 
-// Calls visit(key, index) for this thread's share of the candidates.
+// Ranks the finalists; as RankDirectly.
+__device__ __forceinline__ Pivot RankFinalists(const Cta& cta, uint32_t rank) {
+  const SharedHeader* header = cta.header;
+  const DirectPivot pivot = RankDirectly(cta, header->finalists, header->num_finalists, rank);
+  // Behind the last finalist there are zeros.
+  const int lane = UseHere(cta.lane);
+  const uint32_t key = header->finalists[lane];
+  const bool is_before = header->finalist_is_before[lane] != 0;
+  return Pivot{pivot.key, pivot.num_ties,
+               static_cast<uint32_t>(__popc(WarpBallot(is_before && key > pivot.key))),
+               static_cast<uint32_t>(__popc(WarpBallot(is_before && key == pivot.key)))};
+}
+
+// Calls visit(vector, index of its first) for this thread's share of the candidates.
 template <typename Visit>
 __device__ __forceinline__ void VisitCandidates(const Cta& cta, const Candidates& candidates,
                                                 Visit visit) {
 #pragma unroll 1
   for (uint32_t first = 4 * cta.thread; first < candidates.count; first += 4 * kThreads) {
-    const uint4 keys = LoadShared(reinterpret_cast<const uint4*>(candidates.keys + first));
-    visit(keys.x, first);
-    visit(keys.y, first + 1);
-    visit(keys.z, first + 2);
-    visit(keys.w, first + 3);
+    visit(LoadShared(reinterpret_cast<const uint4*>(candidates.keys + first)), first);
   }
 }
 
@@ -160,7 +148,7 @@ __device__ __forceinline__ Pivot FindPivot(Cta& cta, const Candidates& candidate
                                            uint32_t rank) {
   SharedHeader* header = cta.header;
   if (cta.num_active == 1 && candidates.count <= kMaxDirect) {
-    const DirectPivot pivot = RankDirectly(cta, candidates, rank);
+    const DirectPivot pivot = RankDirectly(cta, candidates.keys, candidates.count, rank);
     return Pivot{pivot.key, pivot.num_ties, 0, 0};
   }
   uint32_t inside = candidates.count;
@@ -172,37 +160,51 @@ __device__ __forceinline__ Pivot FindPivot(Cta& cta, const Candidates& candidate
       SyncThreads();  // the cleared histogram before its use
     }
     const LinearBins bins(bracket, kLogPivotBins);
-    VisitCandidates(cta, candidates, [&](uint32_t key, uint32_t) {
+    const auto count = [&](uint32_t key) {
       atomicAdd(&cta.bins[bracket.Contains(key) ? bins.FromTop(key) : kBins], 1u);
+    };
+    VisitCandidates(cta, candidates, [&](const uint4& keys, uint32_t) {
+      count(keys.x);
+      count(keys.y);
+      count(keys.z);
+      count(keys.w);
     });
     SyncThreads();  // counts before the search
-    const RankBin found = FindRankBinInWarp(cta, rank);
+    const RankBin found = FindPivotBin(cta, rank);
     bracket = bins.Keys(found.bin, found.bin, bracket);
     rank -= found.above;
     inside = found.inside;
   }
   const bool is_single = bracket.IsSingleKey();
   uint32_t greater_before = 0, equal_before = 0;
-  VisitCandidates(cta, candidates, [&](uint32_t key, uint32_t index) {
-    const bool is_before = index < candidates.num_before;
-    const bool is_inside = bracket.Contains(key);
-    greater_before += is_before && key > bracket.highest;
-    equal_before += is_before && is_inside;
-    if (is_inside && !is_single) {
-      const uint32_t place = atomicAdd(&header->num_finalists, 1u);
-      header->finalists[place] = key;
+  VisitCandidates(cta, candidates, [&](const uint4& keys, uint32_t first) {
+    const bool is_before = first < candidates.num_before;  // all of them: whole vectors
+    uint32_t inside = (bracket.Contains(keys.x) ? 1 : 0) | (bracket.Contains(keys.y) ? 2 : 0) |
+                      (bracket.Contains(keys.z) ? 4 : 0) | (bracket.Contains(keys.w) ? 8 : 0);
+    if (is_before) {
+      greater_before += (keys.x > bracket.highest) + (keys.y > bracket.highest) +
+                        (keys.z > bracket.highest) + (keys.w > bracket.highest);
+      equal_before += __popc(inside);
+    }
+    if (is_single) return;
+#pragma unroll 1
+    for (; inside != 0; inside &= inside - 1) {
+      const uint32_t place = FetchAndAdd(&header->num_finalists, 1u);
+      header->finalists[place] = candidates.keys[first + __ffs(inside) - 1];
       header->finalist_is_before[place] = is_before;
     }
   });
   if (candidates.num_before != 0) {
     greater_before = WarpSum(greater_before);
     equal_before = is_single ? WarpSum(equal_before) : 0;
-    if (cta.lane == 0 && greater_before != 0) atomicAdd(&header->greater_before, greater_before);
-    if (cta.lane == 0 && equal_before != 0) atomicAdd(&header->equal_before, equal_before);
+    if (cta.lane == 0) {
+      FetchAndAdd(&header->greater_before, greater_before);
+      if (is_single) FetchAndAdd(&header->equal_before, equal_before);
+    }
   }
   SyncThreads();  // finalists and sums before their reads
   Pivot pivot{bracket.lowest, rank, 0, 0};
-  if (!is_single) pivot = RankFinalists(cta, header->num_finalists, rank);
+  if (!is_single) pivot = RankFinalists(cta, rank);
   pivot.greater_before += header->greater_before;
   pivot.equal_before += header->equal_before;
   return pivot;

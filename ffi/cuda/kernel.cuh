@@ -40,17 +40,12 @@
 
 namespace jax_topk {
 
-// Makes the CTA reachable for its peers. Called before the CTA's loads, for which the fence would
-// wait; CTAs that the row does not need have left and count as arrived.
+// Makes the CTA reachable for its peers, from the end of ClusterWait on. Called before the CTA's
+// loads, for which the fence would wait.
 __device__ __forceinline__ void JoinCluster(const Cta& cta) {
-  SharedHeader* header = cta.header;
-  if (cta.thread == 0) {
-    BarrierInit(&header->counts_barriers[0]);
-    BarrierInit(&header->counts_barriers[1]);
-    BarrierInit(&header->candidates_barrier);
-    BarrierInit(&header->winners_barrier);
-    BarrierInit(&header->segments_barrier);
-    BarrierInit(&header->totals_barrier);
+  static_assert(kNumBarriers <= kWarps, "a warp for each barrier");
+  if (cta.lane == 0 && cta.warp < kNumBarriers) {
+    BarrierInit(&cta.header->barriers[cta.warp]);
     BarrierInitFence();
   }
   SyncWarp();
@@ -60,7 +55,7 @@ __device__ __forceinline__ void JoinCluster(const Cta& cta) {
 // Prepares what is shared in the CTA. The caller puts a barrier between this and its use.
 __device__ __forceinline__ void InitCta(const Cta& cta) {
   SharedHeader* header = cta.header;
-  if (cta.thread == 32) {  // not thread 0, which has the barriers to do
+  if (cta.thread == kThreads - 1) {  // of a warp that has no barrier to do
     header->num_chunks = 0;
     header->num_own = 0;
     header->num_finalists = 0;
@@ -68,9 +63,12 @@ __device__ __forceinline__ void InitCta(const Cta& cta) {
     header->equal_before = 0;
     header->ranges[0] = make_uint2(~0u, 0);
     header->pivot_key = 0;
-    header->num_ties = 0;
+    header->pivot_ties = 0;
   }
-  if (cta.warp == 2) header->finalists[cta.lane] = 0;
+  if (cta.warp == 2) {
+    header->finalists[cta.lane] = 0;
+    header->finalist_is_before[cta.lane] = 0;
+  }
   ClearBins(cta);
 }
 
@@ -105,7 +103,6 @@ __device__ __forceinline__ void FinishRow(Cta& cta, const TopKArgs& args, Source
         GatherCandidates(cta, mine, row, ctas, args.is_sorted);
         candidates = Candidates{cta.gathered, row.padded_open, row.padded_open_before};
       }
-      source.open_keys = candidates.keys + candidates.num_before;
       const Pivot pivot = FindPivot(cta, candidates, bracket, rank);
       selection.pivot = pivot.key;
       selection.num_ties = pivot.num_ties;
@@ -158,7 +155,6 @@ template <typename T>
 __device__ __forceinline__ void SelectResidentRow(Cta& cta, const TopKArgs& args,
                                                   const RowWindow& window, const Part& part,
                                                   int32_t per_thread, const RowOutput<T>& output) {
-  if (cta.num_active > 1) JoinCluster(cta);
   Sample<T> sample(cta.thread, window);
   CopyTile<T>(cta, window, part.first, part.last, cta.tiles);
   CopyAsyncCommit();
@@ -166,11 +162,9 @@ __device__ __forceinline__ void SelectResidentRow(Cta& cta, const TopKArgs& args
   TileSource<T> source{MakeRun<T>(cta.thread, window, part.first, part.last, per_thread, cta.tiles),
                        {},
                        {},
-                       output.flip,
-                       nullptr};
+                       output.flip};
   SyncThreads();  // the cleared histogram before its use
   Bracket bracket = GuessBracket<T>(cta, args, window, sample, output.flip);
-  if (cta.num_active > 1) ClusterWait();
   CopyAsyncWait<0>();
   SyncThreads();  // the tile before its use
   const uint32_t k = static_cast<uint32_t>(args.k);
@@ -199,16 +193,13 @@ template <typename T>
 __device__ __forceinline__ void SelectStreamedRow(Cta& cta, const TopKArgs& args,
                                                   const RowWindow& window, const Part& part,
                                                   const RowOutput<T>& output) {
-  if (cta.num_active > 1) JoinCluster(cta);
   Sample<T> sample(cta.thread, window);
-  StreamSource<T> source{window,      part,   MakeListPool(cta, args.layout), {}, {},
-                         output.flip, nullptr};
+  StreamSource<T> source{window, part, MakeListPool(cta, args.layout), {}, {}, output.flip};
   WarpPart warp = MakeWarpPart(cta, part);
   StartStream<T>(cta, window, warp.part, args.num_stages);
   PlaceCandidates(cta, args, /*has_list=*/true);
   SyncThreads();  // the cleared histogram before its use
   source.bracket = GuessBracket<T>(cta, args, window, sample, output.flip);
-  if (cta.num_active > 1) ClusterWait();
   const uint32_t k = static_cast<uint32_t>(args.k);
   const uint32_t capacity = static_cast<uint32_t>(args.list_capacity);
   RowCounts row;
@@ -242,7 +233,7 @@ __device__ __forceinline__ void SelectStreamedRow(Cta& cta, const TopKArgs& args
   SyncThreads();  // the order of the chunks before its reads
   if (!source.bracket.IsSingleKey()) {
     CopyOpenKeys(cta, source.pool, source.bracket.highest);
-    PadOpenKeys(cta, source.counts.open);
+    PadOpenKeys(cta, source.counts.open, PadToVector(source.counts.open));
     SyncThreads();  // own open keys before their reads
   }
   FinishRow<T>(cta, args, source, source.bracket, source.counts, row, output);
@@ -304,6 +295,7 @@ __device__ __forceinline__ void SelectRow(const TopKArgs& args) {
   const int64_t row = RowIndex();
   Cta cta = MakeCta(args);
   InitCta(cta);
+  if (args.cluster_size > 1) JoinCluster(cta);
   const unsigned char* row_begin =
       static_cast<const unsigned char*>(args.operand) + row * args.width * T::kBytes;
   RowOutput<T> output(args, row, T::SignFlip(args.is_smallest));
@@ -312,6 +304,9 @@ __device__ __forceinline__ void SelectRow(const TopKArgs& args) {
   WaitForKernelsBefore();
   const int32_t raw_start = LoadWord(args.starts + row);
   const int32_t raw_length = LoadWord(args.lengths + row);
+  // While the length is on its way. By CTAs that leave next, too: one that has arrived and left
+  // might be counted twice, and the others would go on too early.
+  if (args.cluster_size > 1) ClusterWait();
   // Clamped to the row: any int32 is legal.
   const int32_t width = static_cast<int32_t>(args.width);
   const int32_t start = min(max(raw_start, 0), width);

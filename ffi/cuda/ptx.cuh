@@ -77,6 +77,20 @@ __device__ __forceinline__ uint4 LoadShared(const uint4* pointer) {
   return value;
 }
 
+// Atomic operations on shared memory, one instruction each. Of what few lanes do the compiler would
+// first make a sum over the warp, which takes longer.
+__device__ __forceinline__ uint32_t FetchAndAdd(uint32_t* shared, uint32_t value) {
+  uint32_t old;
+  asm volatile("atom.shared.add.u32 %0, [%1], %2;"
+               : "=r"(old)
+               : "r"(SharedAddress(shared)), "r"(value)
+               : "memory");
+  return old;
+}
+__device__ __forceinline__ void RaiseTo(uint32_t* shared, uint32_t value) {
+  asm volatile("red.shared.max.u32 [%0], %1;" ::"r"(SharedAddress(shared)), "r"(value) : "memory");
+}
+
 // Writes words to shared memory one after the other.
 struct SharedCursor {
   uint32_t address;
@@ -97,6 +111,21 @@ struct SharedCursor {
 template <typename V>
 __device__ __forceinline__ void ComputeHere(V*& pointer) {
   asm volatile("" : "+l"(pointer));
+}
+
+// An index, of which nothing that depends on it is computed earlier than here. The compiler would
+// compute such things at the kernel's start and keep them, for want of registers in local memory.
+__device__ __forceinline__ int UseHere(int index) {
+  asm volatile("" : "+r"(index));
+  return index;
+}
+
+// count + (a + b does not fit a word): two instructions.
+__device__ __forceinline__ uint32_t CountCarry(uint32_t count, uint32_t a, uint32_t b) {
+  asm("{\n\t.reg .u32 sum;\n\tadd.cc.u32 sum, %1, %2;\n\taddc.u32 %0, %0, 0;\n\t}"
+      : "+r"(count)
+      : "r"(a), "r"(b));
+  return count;
 }
 
 // 2 * bits + (a + b does not fit a word): two instructions, the carry of a sum shifted in.

@@ -163,14 +163,18 @@ __device__ __forceinline__ Run MakeRun(int turn, const RowWindow& window, int32_
   return run;
 }
 
-// The key of element `index` of a run.
+// Element `index` of a run, and its key.
+template <typename T>
+__device__ __forceinline__ uint32_t BitsInRun(const Run& run, int32_t index) {
+  if constexpr (T::kBytes == 4) {
+    return reinterpret_cast<const uint32_t*>(run.vectors)[index];
+  } else {
+    return reinterpret_cast<const uint16_t*>(run.vectors)[index];
+  }
+}
 template <typename T>
 __device__ __forceinline__ uint32_t KeyInRun(const Run& run, int32_t index, uint32_t flip) {
-  if constexpr (T::kBytes == 4) {
-    return T::Key(reinterpret_cast<const uint32_t*>(run.vectors)[index], flip);
-  } else {
-    return T::Key(reinterpret_cast<const uint16_t*>(run.vectors)[index], flip);
-  }
+  return T::Key(BitsInRun<T>(run, index), flip);
 }
 
 // Every vector takes the place of the one before it, so that a loop need not be unrolled to name

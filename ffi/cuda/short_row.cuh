@@ -216,40 +216,6 @@ __device__ __forceinline__ TurnBits<T, kTurns> ValidElements(int32_t position, i
   return valid;
 }
 
-// The bin of 1-based rank `rank` among counted elements, as a bracket of keys: `keys_of(bin)` gives
-// those of a bin, counted from the top. In: complete counts, ordered by a barrier. Ends behind a
-// barrier. The histogram keeps its counts.
-template <typename KeysOf>
-__device__ __forceinline__ Estimate FindBracket(const Cta& cta, uint32_t rank, KeysOf keys_of) {
-  uint32_t* totals = cta.header->bin_totals;
-  BinCounts counts;
-  uint32_t of_warp = 0;
-  const bool has_bins = cta.warp < kBinThreads / 32;
-  if (has_bins) {
-    counts = BinCounts(reinterpret_cast<const uint4*>(cta.bins) + kBinsPerThread / 4 * cta.thread);
-    of_warp = WarpSum(counts.sum);
-    if (cta.lane == 0) totals[cta.warp] = of_warp;
-  }
-  SyncThreads();  // totals before their reads
-  if (has_bins) {
-    const uint32_t warps_before = WarpSum(cta.lane < cta.warp ? totals[cta.lane] : 0);
-    // Unsigned: a rank before this warp's bins is as wrong as one behind them.
-    if (rank - 1 - warps_before < of_warp) {
-      const uint32_t before = warps_before + WarpInclusiveSum(cta.lane, counts.sum) - counts.sum;
-      const uint32_t inner = rank - 1 - before;
-      if (inner < counts.sum) {
-        const RankBin own = counts.Find(inner);
-        const Bracket keys = keys_of(kBinsPerThread * static_cast<uint32_t>(cta.thread) + own.bin);
-        cta.header->found[0] =
-            make_uint4(keys.lowest, keys.highest, before + own.above, own.inside);
-      }
-    }
-  }
-  SyncThreads();  // the found bin before its reads
-  const uint4 found = LoadShared(&cta.header->found[0]);
-  return Estimate{Bracket{found.x, found.y}, found.z, found.w};
-}
-
 // Counts the elements inside a bracket, of which the keys lie in one half of the order, by linear
 // bins, and finds the range of keys that they have. In: the histogram is zero, the header's ranges
 // are empty, ordered by a barrier. One barrier.
@@ -299,8 +265,10 @@ __device__ __forceinline__ Estimate NarrowCrowded(const Cta& cta, const ShortTil
     }
     const uint32_t above = estimate.above;
     const Bracket outer = estimate.bracket;
-    estimate =
-        FindBracket(cta, rank - above, [&](uint32_t bin) { return bins.Keys(bin, bin, outer); });
+    Estimate found[1];
+    FindRanks<false>(
+        cta, {rank - above}, [&](uint32_t bin) { return bins.Keys(bin, bin, outer); }, found);
+    estimate = found[0];
     estimate.above += above;
     estimate.bracket.lowest = max(estimate.bracket.lowest, seen.lowest);
     estimate.bracket.highest = min(estimate.bracket.highest, seen.highest);
@@ -400,30 +368,31 @@ struct TurnPlaces {
   }
 };
 
-// Of the bits of all threads, the `wanted` lowest by position.
+// Adds to `bits` the `wanted` lowest by position of the ties of all threads.
 template <typename T, int kTurns>
-__device__ __forceinline__ TurnBits<T, kTurns> KeepFirst(const Cta& cta,
-                                                         const TurnBits<T, kTurns>& bits,
-                                                         uint32_t wanted) {
-  const TurnPlaces<T, kTurns> places(cta, bits, 1);
-  TurnBits<T, kTurns> kept;
+__device__ __forceinline__ void AddFirst(const Cta& cta, const ShortTile<T, kTurns>& tile,
+                                         TurnBits<T, kTurns> ties, uint32_t wanted,
+                                         TurnBits<T, kTurns>* bits) {
+  // What lies outside the window has the lowest key, and may tie with it.
+  const auto valid = ValidElements<T, kTurns>(tile.position, tile.length);
+#pragma unroll
+  for (int word = 0; word < valid.kWords; ++word) ties.words[word] &= valid.words[word];
+  const TurnPlaces<T, kTurns> places(cta, ties, 1);
 #pragma unroll
   for (int turn = 0; turn < kTurns; ++turn) {
-    const uint32_t of_turn = bits.OfTurn(turn);
+    const uint32_t of_turn = ties.OfTurn(turn);
     const uint32_t room = wanted > places.of[turn] ? wanted - places.of[turn] : 0;
     const uint32_t count = __popc(of_turn);
-    kept.SetTurn(turn, DropLastBits(of_turn, count > room ? count - room : 0));
+    bits->SetTurn(turn, DropLastBits(of_turn, count > room ? count - room : 0));
   }
-  return kept;
 }
 
-// A thread's elements that are selected.
+// A thread's elements that are selected, and those that may be.
 template <typename T, int kTurns>
 struct ShortSelection {
-  TurnBits<T, kTurns> greater;  // than the k-th key
-  TurnBits<T, kTurns> equal;    // to it
-  bool drops_ties;              // not all that are equal are selected
-  uint32_t num_ties;            // but so many, the lowest positions first
+  TurnBits<T, kTurns> selected;
+  TurnBits<T, kTurns> ties;  // of which `num_ties` are, the lowest positions first
+  uint32_t num_ties;
 };
 
 // The bits of an element in the tile in shared memory, by its number there.
@@ -469,10 +438,10 @@ __device__ __forceinline__ void WriteShortRow(Cta& cta, const ShortTile<T, kTurn
                                               const ShortSelection<T, kTurns>& selection,
                                               int32_t count, int32_t skew, const TopKArgs& args,
                                               const RowOutput<T>& output) {
-  TurnBits<T, kTurns> bits = selection.equal;
-  if (Unlikely(selection.drops_ties)) bits = KeepFirst(cta, bits, selection.num_ties);
-#pragma unroll
-  for (int word = 0; word < bits.kWords; ++word) bits.words[word] |= selection.greater.words[word];
+  TurnBits<T, kTurns> bits = selection.selected;
+  if (Unlikely(selection.num_ties != 0)) {
+    AddFirst(cta, tile, selection.ties, selection.num_ties, &bits);
+  }
   const TurnPlaces<T, kTurns> places(cta, bits, 0);
   int32_t* positions = reinterpret_cast<int32_t*>(cta.own) + (args.is_sorted ? args.k : 0);
 #pragma unroll
@@ -496,6 +465,40 @@ __device__ __forceinline__ void WriteShortRow(Cta& cta, const ShortTile<T, kTurn
   }
 }
 
+// Calls visit(word, bit, element) for a thread's open elements.
+template <typename T, int kTurns, typename Visit>
+__device__ __forceinline__ void VisitOpen(const TurnBits<T, kTurns>& open, Visit visit) {
+#pragma unroll
+  for (int word = 0; word < open.kWords; ++word) {
+#pragma unroll 1
+    for (uint32_t left = open.words[word]; left != 0; left &= left - 1) {
+      visit(word, left & (0 - left), 32 * word + __ffs(left) - 1);
+    }
+  }
+}
+
+// Whether an element is among the `rank` first of `count` open ones: by key, and of equal keys by
+// position. Asked by the thread that has it, of at most kMaxByOwner: so all learn at once what is
+// selected of their own. `keys`: kMaxByOwner of them, zeros behind the last.
+__device__ __forceinline__ bool IsAmongFirst(const uint32_t* keys, const uint32_t* positions,
+                                             uint32_t count, uint32_t key, uint32_t position,
+                                             uint32_t rank) {
+  static_assert(kMaxByOwner == 8, "two vectors");
+  const uint4 first = LoadShared(reinterpret_cast<const uint4*>(keys));
+  const uint4 second = LoadShared(reinterpret_cast<const uint4*>(keys) + 1);
+  KeysAhead ahead;
+  ahead.Count(first, key);
+  ahead.Count(second, key);
+  const bool has_ties = key == 0 || (ahead.greater < rank && rank < ahead.reached);
+  if (!Unlikely(has_ties)) return ahead.greater < rank;
+  uint32_t before = 0;
+#pragma unroll 1
+  for (uint32_t i = 0; i < count; ++i) {
+    before += keys[i] > key || (keys[i] == key && positions[i] < position);
+  }
+  return before < rank;
+}
+
 // What is selected of a row of more than k elements.
 template <typename T, int kTurns>
 __device__ __forceinline__ ShortSelection<T, kTurns> SelectElements(
@@ -506,52 +509,58 @@ __device__ __forceinline__ ShortSelection<T, kTurns> SelectElements(
     CountCoarse<T>(cta, vector, valid, coarse_flip);
   });
   SyncThreads();  // counts before the search
-  Estimate estimate = FindBracket(cta, k, [](uint32_t bin) { return CoarseKeys<T>(bin); });
-  const uint32_t open_limit = min(kMaxDirect, static_cast<uint32_t>(args.list_capacity));
+  Estimate found[1];
+  FindRanks<false>(cta, {k}, [](uint32_t bin) { return CoarseKeys<T>(bin); }, found);
+  Estimate estimate = found[0];
+  const uint32_t open_limit = static_cast<uint32_t>(min(kMaxDirect, args.list_capacity));
   if (Unlikely(estimate.inside > open_limit)) {
     estimate = NarrowCrowded(cta, tile, estimate, k, open_limit);
   }
   const uint32_t rank = k - estimate.above;
   const TurnMasks<T, kTurns> masks = tile.MasksOf(estimate.bracket);
-  ShortSelection<T, kTurns> selection{masks.certain, masks.open, estimate.inside > rank, rank};
-  uint32_t pivot_key = estimate.bracket.lowest;
-  if (!Unlikely(estimate.bracket.IsSingleKey())) {
-    uint32_t* own = reinterpret_cast<uint32_t*>(cta.own);
-    PadOpenKeys(cta, estimate.inside);
+  ShortSelection<T, kTurns> selection{masks.certain, masks.open, 0};
+  auto& selected = selection.selected;
+  auto& ties = selection.ties;
+  if (Unlikely(estimate.bracket.IsSingleKey())) {
+    if (estimate.inside > rank) {
+      selection.num_ties = rank;
+    } else {
 #pragma unroll
-    for (int word = 0; word < masks.open.kWords; ++word) {
-#pragma unroll 1
-      for (uint32_t open = masks.open.words[word]; open != 0; open &= open - 1) {
-        own[atomicAdd(&cta.header->num_own, 1u)] = tile.Key(32 * word + __ffs(open) - 1);
-      }
+      for (int word = 0; word < ties.kWords; ++word) selected.words[word] |= ties.words[word];
     }
-    SyncThreads();  // the open keys before their reads
-    const Candidates candidates{own, PadToVector(estimate.inside), 0};
-    const DirectPivot pivot = candidates.count <= kMaxInEveryWarp
-                                  ? RankInEveryWarp(cta, candidates, rank)
-                                  : RankDirectly(cta, candidates, rank);
-    pivot_key = pivot.key;
-    selection.equal = TurnBits<T, kTurns>{};
-    selection.drops_ties = pivot.num_equal > pivot.num_ties;
-    selection.num_ties = pivot.num_ties;
-#pragma unroll
-    for (int word = 0; word < masks.open.kWords; ++word) {
-#pragma unroll 1
-      for (uint32_t open = masks.open.words[word]; open != 0; open &= open - 1) {
-        const uint32_t bit = open & (0 - open);
-        const uint32_t key = tile.Key(32 * word + __ffs(open) - 1);
-        if (key > pivot.key) selection.greater.words[word] |= bit;
-        if (key == pivot.key) selection.equal.words[word] |= bit;
+    return selection;
+  }
+  ties = {};
+  uint32_t* own = reinterpret_cast<uint32_t*>(cta.own);
+  const bool is_by_owner = estimate.inside <= kMaxByOwner;
+  PadOpenKeys(cta, estimate.inside,
+              is_by_owner ? uint32_t{kMaxByOwner} : PadToVector(estimate.inside));
+  uint32_t* positions = own + kMaxByOwner;
+  VisitOpen(masks.open, [&](int, uint32_t, int element) {
+    const uint32_t place = FetchAndAdd(&cta.header->num_own, 1u);
+    own[place] = tile.Key(element);
+    // What lies before the window comes last.
+    if (is_by_owner) positions[place] = static_cast<uint32_t>(tile.Position(element));
+  });
+  SyncThreads();  // the open keys before their reads
+  if (is_by_owner) {
+    VisitOpen(masks.open, [&](int word, uint32_t bit, int element) {
+      if (IsAmongFirst(own, positions, estimate.inside, tile.Key(element),
+                       static_cast<uint32_t>(tile.Position(element)), rank)) {
+        selected.words[word] |= bit;
       }
-    }
+    });
+  } else {
+    const DirectPivot pivot = RankDirectly(cta, own, PadToVector(estimate.inside), rank);
+    const bool drops_ties = pivot.num_equal > pivot.num_ties;
+    if (Unlikely(drops_ties)) selection.num_ties = pivot.num_ties;
+    VisitOpen(masks.open, [&](int word, uint32_t bit, int element) {
+      const uint32_t key = tile.Key(element);
+      if (key > pivot.key || (key == pivot.key && !drops_ties)) selected.words[word] |= bit;
+      if (key == pivot.key) ties.words[word] |= bit;
+    });
   }
-  // What lies outside the window has the lowest key, too.
-  if (Unlikely(selection.drops_ties && pivot_key == 0)) {
-    const auto valid = ValidElements<T, kTurns>(tile.position, tile.length);
-#pragma unroll
-    for (int word = 0; word < valid.kWords; ++word)
-      selection.equal.words[word] &= valid.words[word];
-  }
+  SyncWarp();  // after loops of different lengths
   return selection;
 }
 
@@ -568,7 +577,7 @@ __device__ __forceinline__ void SelectShortRow(Cta& cta, const TopKArgs& args,
   const bool selects_all = window.length <= args.k;
   ShortSelection<T, kTurns> selection;
   if (Unlikely(selects_all)) {
-    selection = {ValidElements<T, kTurns>(tile.position, tile.length), {}, false, 0};
+    selection = {ValidElements<T, kTurns>(tile.position, tile.length), {}, 0};
   } else {
     selection = SelectElements(cta, args, tile);
   }

@@ -120,7 +120,7 @@ __device__ __forceinline__ uint32_t TakeChunks(const Cta& cta, const ListPool& p
   const uint32_t needs = (warp->num_listed + count + kChunkEntries - 1) / kChunkEntries - had;
   if (needs == 0) return 0;
   uint32_t taken = 0;
-  if (cta.lane == 0) taken = atomicAdd(&cta.header->num_chunks, needs);
+  if (cta.lane == 0) taken = FetchAndAdd(&cta.header->num_chunks, needs);
   taken = WarpBroadcast(taken, 0);
   if (taken + needs > pool.num_chunks) {
     warp->is_full = true;
@@ -133,9 +133,13 @@ __device__ __forceinline__ uint32_t TakeChunks(const Cta& cta, const ListPool& p
   return taken;
 }
 
+// How elements are compared with the bracket's lower end; see SignedTest. Plainly if the largest
+// are wanted and the end is positive: then so is all that is kept.
+enum class Comparison { kPlain, kMasked, kSingleKey };
+
 // Appends the elements of the lanes' runs that `kept` names to the warp's list, and counts those
 // whose key is at most `highest_open`.
-template <typename T>
+template <typename T, Comparison kComparison>
 __device__ __forceinline__ void AppendRuns(const Cta& cta, const ListPool& pool, const Run& run,
                                            uint32_t kept, uint32_t highest_open, uint32_t flip,
                                            WarpPart* warp) {
@@ -156,7 +160,8 @@ __device__ __forceinline__ void AppendRuns(const Cta& cta, const ListPool& pool,
 #pragma unroll 1
   for (; kept != 0; kept &= kept - 1) {
     const int32_t i = __ffs(kept) - 1;
-    const uint32_t key = KeyInRun<T>(run, i, flip);
+    const uint32_t key = kComparison == Comparison::kPlain ? BitsInRun<T>(run, i) | T::kSign
+                                                           : T::Key(BitsInRun<T>(run, i), flip);
     if (key <= highest_open) ++warp->num_open;
     const uint32_t entry = place + (place < had * kChunkEntries ? old_shift : new_shift);
     pool.keys[entry] = key;
@@ -167,9 +172,6 @@ __device__ __forceinline__ void AppendRuns(const Cta& cta, const ListPool& pool,
   const uint32_t has = warp->NumChunks();
   if (has > had) warp->last_chunk = taken + (has - had) - 1;
 }
-
-// How elements are compared with the bracket's lower end; see SignedTest.
-enum class Comparison { kPlain, kMasked, kSingleKey };
 
 // Appends what is kept of one tile, whose first vector is `first`, to the warp's list.
 template <typename T, Comparison kComparison>
@@ -185,7 +187,7 @@ __device__ __forceinline__ void FilterWarpTile(const Cta& cta, const RowWindow& 
     warp->num_open += __popc(ties);
     kept &= ~ties;
   }
-  AppendRuns<T>(cta, pool, run, kept, bracket.highest, flip, warp);
+  AppendRuns<T, kComparison>(cta, pool, run, kept, bracket.highest, flip, warp);
 }
 
 // The counts of a warp's finished stretch. Where something did not fit, all that is kept counts as
@@ -287,7 +289,7 @@ struct Entries {
   // In: `pool.order`, ordered by a barrier.
   __device__ __forceinline__ Entries(const Cta& cta, const ListPool& pool, uint32_t first_chunk)
       : first(0), valid(0), keys{} {
-    const uint32_t thread = static_cast<uint32_t>(cta.thread);
+    const uint32_t thread = static_cast<uint32_t>(UseHere(cta.thread));
     const uint32_t turn = first_chunk + thread / kThreadsPerChunk;
     if (turn >= NumChunksTaken(cta, pool)) return;
     const uint32_t chunk = pool.order[turn];
@@ -310,7 +312,7 @@ struct Entries {
 // barrier; the header's num_own is zero. Ends without a barrier.
 __device__ __forceinline__ void CopyOpenKeys(const Cta& cta, const ListPool& pool,
                                              uint32_t highest_open) {
-  uint32_t* own = reinterpret_cast<uint32_t*>(cta.own);
+  int32_t* own = reinterpret_cast<int32_t*>(cta.own);
 #pragma unroll 1
   for (uint32_t turn = 0; turn < NumChunksTaken(cta, pool); turn += kChunksPerRound) {
     const Entries entries(cta, pool, turn);
@@ -318,11 +320,12 @@ __device__ __forceinline__ void CopyOpenKeys(const Cta& cta, const ListPool& poo
     const uint32_t count = __popc(open);
     const uint32_t inclusive = WarpInclusiveSum(cta.lane, count);
     uint32_t place = 0;
-    if (cta.lane == 31) place = atomicAdd(&cta.header->num_own, inclusive);
+    if (cta.lane == 31) place = FetchAndAdd(&cta.header->num_own, inclusive);
     place = WarpBroadcast(place, 31) + inclusive - count;
+    SharedCursor cursor(own + place);
 #pragma unroll
     for (uint32_t i = 0; i < kEntriesPerThread; ++i) {
-      if (open >> i & 1) own[place++] = entries.keys[i];
+      cursor.AppendIf(open & 1u << i, static_cast<int32_t>(entries.keys[i]));
     }
   }
 }

@@ -134,17 +134,6 @@ struct Place {
   uint32_t base;      // of this CTA's output, within the row's
 };
 
-// The open keys of a CTA against the pivot, 32 per entry, as bits.
-struct OpenFlags {
-  uint32_t greater;
-  uint32_t equal;
-};
-
-// `bits` from `offset` < 32 on, continued by `next`.
-__device__ __forceinline__ uint32_t BitsFrom(uint32_t bits, uint32_t next, uint32_t offset) {
-  return offset == 0 ? bits : bits >> offset | next << (32 - offset);
-}
-
 // The elements of a part that one tile holds, and where they stood against the bracket.
 template <typename T>
 struct TileSource {
@@ -152,15 +141,13 @@ struct TileSource {
   TileShare share;
   PartCounts counts;  // of the CTA
   uint32_t flip;
-  const uint32_t* open_keys;  // of the CTA, ascending position, unless the bracket is a single key
-
   __device__ __forceinline__ int32_t Position(int i) const { return run.position + i; }
   __device__ __forceinline__ uint32_t Key(int i) const { return KeyInRun<T>(run, i, flip); }
 
   // Where the selected elements go. At most one barrier, behind which the open keys are no longer
   // needed.
-  __device__ __forceinline__ Place FindPlaces(const Cta& cta, const Selection& selection) const {
-    return selection.is_only_key ? PlaceOnlyKey(selection) : PlaceByFlags(cta, selection);
+  __device__ __forceinline__ Place FindPlaces(Cta& cta, const Selection& selection) const {
+    return selection.is_only_key ? PlaceOnlyKey(selection) : PlaceByKeys(cta, selection);
   }
 
  private:
@@ -180,63 +167,27 @@ struct TileSource {
     return place;
   }
 
-  // The open keys lie in ascending position, so that flags of them, 32 in a word, tell how many
-  // before a thread's own are selected.
-  __device__ __forceinline__ Place PlaceByFlags(const Cta& cta, const Selection& selection) const {
-    OpenFlags* flags = reinterpret_cast<OpenFlags*>(cta.bins);  // no longer needed
-    const int num_words = static_cast<int>((counts.open + 31) / 32);
+  __device__ __forceinline__ Place PlaceByKeys(Cta& cta, const Selection& selection) const {
+    uint32_t greater = 0, equal = 0;
 #pragma unroll 1
-    for (int word = cta.warp; word < num_words; word += kWarps) {
-      const uint32_t entry = 32 * word + cta.lane;
-      const uint32_t key = entry < counts.open ? open_keys[entry] : 0;
-      const uint32_t greater = WarpBallot(entry < counts.open && key > selection.pivot);
-      const uint32_t equal = WarpBallot(entry < counts.open && key == selection.pivot);
-      if (cta.lane == 0) flags[word] = OpenFlags{greater, equal};
+    for (uint32_t open = share.masks.open; open != 0; open &= open - 1) {
+      const uint32_t key = Key(__ffs(open) - 1);
+      const uint32_t bit = open & (0 - open);
+      if (key > selection.pivot) greater |= bit;
+      if (key == selection.pivot) equal |= bit;
     }
-    SyncThreads();  // flags before their reads
-    // Greater, and equal << 16: before the thread's own word, and in all.
-    const int own_word = static_cast<int>(share.open_before / 32);
-    uint32_t before = 0, total = 0;
-#pragma unroll 1
-    for (int first = 0; first < num_words; first += 32) {
-      const int word = first + cta.lane;
-      const OpenFlags of_lane = word < num_words ? flags[word] : OpenFlags{0, 0};
-      const uint32_t count = __popc(of_lane.greater) | __popc(of_lane.equal) << 16;
-      const uint32_t ahead = WarpInclusiveSum(cta.lane, count) - count;
-      const uint32_t of_own_word = WarpBroadcast(ahead, own_word & 31);
-      if (own_word >= first && own_word < first + 32) before = total + of_own_word;
-      total += WarpSum(count);
-    }
-    const uint32_t ties_left = selection.TiesLeft();
-    Place place;
-    place.selected = share.masks.certain;
-    place.local = share.certain_before;
-    place.count = counts.certain + (total & 0xffffu) + min(total >> 16, ties_left);
-    place.base = selection.Before();
-    if (own_word >= num_words) {  // nothing open here or behind
-      place.local += (total & 0xffffu) + min(total >> 16, ties_left);
-      return place;
-    }
-    const uint32_t offset = share.open_before % 32;
-    const OpenFlags own = flags[own_word];
-    const OpenFlags next = own_word + 1 < num_words ? flags[own_word + 1] : OpenFlags{0, 0};
-    const uint32_t equal_before = (before >> 16) + __popc(own.equal & LowBits(offset));
-    place.local +=
-        (before & 0xffffu) + __popc(own.greater & LowBits(offset)) + min(equal_before, ties_left);
-    const int32_t num_open = __popc(share.masks.open);
-    if (num_open == 0) return place;
-    const uint32_t greater = BitsFrom(own.greater, next.greater, offset) & LowBits(num_open);
-    uint32_t equal = BitsFrom(own.equal, next.equal, offset) & LowBits(num_open);
     const uint32_t num_equal = __popc(equal);
+    const Scan scan = BlockScan(cta, __popc(greater) | num_equal << 16);
+    const uint32_t ties_left = selection.TiesLeft();
+    const uint32_t equal_before = scan.before >> 16;
     if (Unlikely(equal_before + num_equal > ties_left)) {
       equal = DropLastBits(equal, equal_before + num_equal - ties_left);
     }
-    // From the order of open elements to their places in the run.
-    uint32_t left = share.masks.open;
-#pragma unroll 1
-    for (uint32_t chosen = greater | equal; chosen != 0; chosen >>= 1, left &= left - 1) {
-      if (chosen & 1) place.selected |= left & (0 - left);
-    }
+    Place place;
+    place.selected = share.masks.certain | greater | equal;
+    place.local = share.certain_before + (scan.before & 0xffffu) + min(equal_before, ties_left);
+    place.count = counts.certain + (scan.total & 0xffffu) + min(scan.total >> 16, ties_left);
+    place.base = selection.Before();
     return place;
   }
 };
@@ -250,18 +201,19 @@ struct StreamSource {
   PartCounts counts;  // of the CTA
   Bracket bracket;
   uint32_t flip;
-  const uint32_t* open_keys;
 
-  // Calls emit(place, key, position) for the CTA's selected elements; `place` counts from the CTA's
-  // first. Returns how many there are. In: chunks in order, ordered by a barrier. Barriers.
-  template <typename Emit>
+  // Gives the CTA's selected elements to sink.Put(place, key, position), or several at once to
+  // sink.PutEntries(place of the first, bits of those selected, keys, positions); `place` counts
+  // from the CTA's first. Returns how many there are. In: chunks in order, ordered by a barrier.
+  // Barriers.
+  template <typename Sink>
   __device__ __forceinline__ uint32_t VisitSelected(Cta& cta, const Selection& selection,
-                                                    Emit emit) const {
+                                                    const Sink& sink) const {
     const uint32_t ties_left = selection.TiesLeft();
     // The ties of a single key are not in the lists.
     const uint32_t unlisted_ties = selection.is_only_key ? min(counts.open, ties_left) : 0;
     const uint32_t num_done =
-        Unlikely(unlisted_ties != 0) ? VisitTies(cta, selection.pivot, unlisted_ties, emit) : 0;
+        Unlikely(unlisted_ties != 0) ? VisitTies(cta, selection.pivot, unlisted_ties, sink) : 0;
     uint32_t before = 0;  // greater than the pivot, and equal << 16
 #pragma unroll 1
     for (uint32_t turn = 0; turn < NumChunksTaken(cta, pool); turn += kChunksPerRound) {
@@ -275,18 +227,13 @@ struct StreamSource {
       const uint32_t room = ties_left > equal_before ? ties_left - equal_before : 0;
       const uint32_t num_equal = __popc(equal);
       if (Unlikely(num_equal > room)) equal = DropLastBits(equal, num_equal - room);
-      const uint32_t selected = greater | equal;
-      uint32_t positions[kEntriesPerThread] = {};
-      if (selected != 0) LoadWords(pool.positions + entries.first, positions);
+      uint32_t selected = greater | equal;
+      if (selected == 0) continue;
+      uint32_t positions[kEntriesPerThread];
+      LoadWords(pool.positions + entries.first, positions);
       uint32_t place = (sums & 0xffffu) + min(equal_before, ties_left);
-#pragma unroll
-      for (uint32_t i = 0; i < kEntriesPerThread; ++i) {
-        if ((selected >> i & 1) == 0) continue;
-        if (place >= num_done) {
-          emit(place + unlisted_ties, entries.keys[i], static_cast<int32_t>(positions[i]));
-        }
-        ++place;
-      }
+      for (; Unlikely(place < num_done) && selected != 0; ++place) selected &= selected - 1;
+      sink.PutEntries(place + unlisted_ties, selected, entries.keys, positions);
     }
     return (before & 0xffffu) + min(before >> 16, ties_left) + unlisted_ties;
   }
@@ -299,9 +246,9 @@ struct StreamSource {
   // Reads the part again and emits what is selected there until `ties` elements equal to the pivot
   // are found; these and all that is greater, up to some place behind the last of them. Returns how
   // many greater ones that were. Barriers.
-  template <typename Emit>
+  template <typename Sink>
   __device__ __forceinline__ uint32_t VisitTies(Cta& cta, uint32_t pivot, uint32_t ties,
-                                                Emit emit) const {
+                                                const Sink& sink) const {
     uint32_t num_greater = 0, num_ties = 0;
 #pragma unroll 1
     for (int32_t first = part.first; num_ties < ties && first < part.last;
@@ -341,7 +288,8 @@ struct StreamSource {
         for (int i = 0; i < T::kPerVector; ++i) {
           if ((selected >> i & 1) == 0) continue;
           const int64_t position = (own + v) * T::kPerVector + i - window.skew;
-          emit(place++, T::Key(T::Element(vectors[0], i), flip), static_cast<int32_t>(position));
+          sink.Put(place++, T::Key(T::Element(vectors[0], i), flip),
+                   static_cast<int32_t>(position));
         }
         selected >>= T::kPerVector;
         MoveUp(vectors);
@@ -369,10 +317,10 @@ struct PairSink {
         is_remote(cta.num_active > 1) {
     if (!is_remote) return;
     if (cta.rank == 0 && cta.thread == 0) {
-      BarrierExpect(&cta.header->winners_barrier, count * sizeof(uint2));
+      BarrierExpect(&cta.header->barriers[kWinnersBarrier], count * sizeof(uint2));
     }
     remote = RemoteAddress(pairs, 0);
-    remote_barrier = RemoteAddress(&cta.header->winners_barrier, 0);
+    remote_barrier = RemoteAddress(&cta.header->barriers[kWinnersBarrier], 0);
   }
   __device__ __forceinline__ void Put(uint32_t place, uint32_t key, int32_t position) const {
     const uint2 pair = make_uint2(static_cast<uint32_t>(position), ~key);
@@ -382,6 +330,22 @@ struct PairSink {
       pairs[place] = pair;
     }
   }
+  // See StreamSource. Rolled: each entry takes the place of the one before it.
+  __device__ __forceinline__ void PutEntries(uint32_t place, uint32_t selected,
+                                             const uint32_t (&keys)[kEntriesPerThread],
+                                             const uint32_t (&positions)[kEntriesPerThread]) const {
+    uint32_t key[kEntriesPerThread], position[kEntriesPerThread];
+#pragma unroll
+    for (uint32_t i = 0; i < kEntriesPerThread; ++i) key[i] = keys[i], position[i] = positions[i];
+#pragma unroll 1
+    for (; selected != 0; selected >>= 1) {
+      if (selected & 1) Put(place++, key[0], static_cast<int32_t>(position[0]));
+#pragma unroll
+      for (uint32_t i = 0; i + 1 < kEntriesPerThread; ++i) {
+        key[i] = key[i + 1], position[i] = position[i + 1];
+      }
+    }
+  }
 };
 
 // Sorts the pairs of a row in its first CTA and writes them. In: pairs of this CTA, or on their way
@@ -389,7 +353,7 @@ struct PairSink {
 template <typename T>
 __device__ __forceinline__ void SortAndStore(Cta& cta, int count, const RowOutput<T>& output) {
   uint2* pairs = reinterpret_cast<uint2*>(cta.own);
-  if (cta.num_active > 1) BarrierWait(&cta.header->winners_barrier, 0);
+  if (cta.num_active > 1) BarrierWait(&cta.header->barriers[kWinnersBarrier], 0);
   SyncThreads();  // pairs before the sort; the last reads of what the sort overwrites
   SortPairs<T>(cta, pairs, reinterpret_cast<uint2*>(cta.spare), count,
                [&](int rank, const uint2& pair) {
@@ -400,11 +364,34 @@ __device__ __forceinline__ void SortAndStore(Cta& cta, int count, const RowOutpu
 // Selected elements of a CTA on their way to the output.
 struct Staging {
   int32_t* positions;
-  uint32_t* keys;  // if there are values
+  uint32_t* keys;
+  bool has_keys;  // there are values
 
-  __device__ __forceinline__ Staging(const Cta& cta, int32_t k)
+  __device__ __forceinline__ Staging(const Cta& cta, int32_t k, bool has_values)
       : positions(reinterpret_cast<int32_t*>(cta.own)),
-        keys(reinterpret_cast<uint32_t*>(cta.own) + k) {}
+        keys(reinterpret_cast<uint32_t*>(cta.own) + k),
+        has_keys(has_values) {}
+
+  // See StreamSource.
+  __device__ __forceinline__ void Put(uint32_t place, uint32_t key, int32_t position) const {
+    positions[place] = position;
+    if (Unlikely(has_keys)) keys[place] = key;
+  }
+  __device__ __forceinline__ void PutEntries(
+      uint32_t place, uint32_t selected, const uint32_t (&entry_keys)[kEntriesPerThread],
+      const uint32_t (&entry_positions)[kEntriesPerThread]) const {
+    SharedCursor cursor(positions + place);
+#pragma unroll
+    for (uint32_t i = 0; i < kEntriesPerThread; ++i) {
+      cursor.AppendIf(selected & 1u << i, static_cast<int32_t>(entry_positions[i]));
+    }
+    if (!Unlikely(has_keys)) return;
+    SharedCursor key_cursor(reinterpret_cast<int32_t*>(keys) + place);
+#pragma unroll
+    for (uint32_t i = 0; i < kEntriesPerThread; ++i) {
+      key_cursor.AppendIf(selected & 1u << i, static_cast<int32_t>(entry_keys[i]));
+    }
+  }
 
   // Writes `count` of them, to the output's places from `first` on. One barrier.
   template <typename T>
@@ -415,7 +402,7 @@ struct Staging {
     for (uint32_t i = cta.thread; i < count; i += kThreads) {
       output.indices[first + i] = positions[i];
     }
-    if (Unlikely(output.values != nullptr)) {
+    if (Unlikely(has_keys)) {
 #pragma unroll 1
       for (uint32_t i = cta.thread; i < count; i += kThreads) {
         output.StoreBits(static_cast<int32_t>(first + i), T::Bits(keys[i], output.flip));
@@ -429,8 +416,8 @@ template <typename T>
 __device__ __forceinline__ void StageAndStore(const Cta& cta, const TileSource<T>& source,
                                               const Place& place, const RowOutput<T>& output) {
   constexpr int kPerStep = T::kPerVector;
-  const Staging staging(cta, output.k);
-  uint32_t at = place.local;
+  const Staging staging(cta, output.k, output.values != nullptr);
+  SharedCursor cursor(staging.positions + place.local);
   // A few elements per step, so that dense selections take few steps; gaps are skipped.
 #pragma unroll 1
   for (uint32_t left = place.selected, first = 0; left != 0; left >>= kPerStep, first += kPerStep) {
@@ -439,11 +426,11 @@ __device__ __forceinline__ void StageAndStore(const Cta& cta, const TileSource<T
     first += gap;
 #pragma unroll
     for (uint32_t i = 0; i < kPerStep; ++i) {
-      if (left >> i & 1) staging.positions[at++] = source.Position(first + i);
+      cursor.AppendIf(left & 1u << i, source.Position(first + i));
     }
   }
-  if (Unlikely(output.values != nullptr)) {
-    at = place.local;
+  if (Unlikely(staging.has_keys)) {
+    uint32_t at = place.local;
 #pragma unroll 1
     for (uint32_t left = place.selected; left != 0; left &= left - 1) {
       staging.keys[at++] = source.Key(__ffs(left) - 1);
@@ -478,20 +465,13 @@ __device__ __forceinline__ void WriteRow(Cta& cta, const StreamSource<T>& source
                                          const Selection& selection, bool is_sorted,
                                          const RowOutput<T>& output) {
   const uint32_t first = selection.Before();
-  const Staging staging(cta, output.k);
-  const bool has_values = output.values != nullptr;
-  PairSink sink{};
-  if (Unlikely(is_sorted)) sink = PairSink(cta, first, selection.count);
-  const uint32_t count =
-      source.VisitSelected(cta, selection, [&](uint32_t place, uint32_t key, int32_t position) {
-        if (Unlikely(is_sorted)) {
-          sink.Put(place, key, position);
-          return;
-        }
-        staging.positions[place] = position;
-        if (Unlikely(has_values)) staging.keys[place] = key;
-      });
-  if (!Unlikely(is_sorted)) staging.Store(cta, count, first, output);
+  if (Unlikely(is_sorted)) {
+    source.VisitSelected(cta, selection, PairSink(cta, first, selection.count));
+    return;
+  }
+  const Staging staging(cta, output.k, output.values != nullptr);
+  const uint32_t count = source.VisitSelected(cta, selection, staging);
+  staging.Store(cta, count, first, output);
 }
 
 }  // namespace jax_topk

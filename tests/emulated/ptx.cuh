@@ -70,6 +70,9 @@ inline uint32_t atomicMax(uint32_t* address, uint32_t value) {
   return old;
 }
 
+inline uint32_t FetchAndAdd(uint32_t* shared, uint32_t value) { return atomicAdd(shared, value); }
+inline void RaiseTo(uint32_t* shared, uint32_t value) { atomicMax(shared, value); }
+
 using MBarrier = uint64_t;
 
 int ThreadIndex();
@@ -128,6 +131,8 @@ inline void SetIfAtLeast(uint32_t* bits, uint32_t bit, int32_t word, int32_t bou
 inline uint32_t AppendCarry(uint32_t bits, uint32_t a, uint32_t b) {
   return 2 * bits + (a + b < a);
 }
+inline int UseHere(int index) { return index; }
+inline uint32_t CountCarry(uint32_t count, uint32_t a, uint32_t b) { return count + (a + b < a); }
 inline float FloatOfBits(uint32_t bits) {
   float value;
   std::memcpy(&value, &bits, sizeof(value));
