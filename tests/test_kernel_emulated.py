@@ -297,6 +297,22 @@ def test_lowest_key_competes_with_what_is_beside_the_window(library, start):
         check(library, x, k, np.array([start], np.int32), lengths, is_sorted=k % 2 == 1)
 
 
+@pytest.mark.parametrize("start", [0, 2])
+def test_few_ties_at_the_threshold_of_a_short_row(library, start):
+    """So few open elements that each is ranked by the thread that has it: ties go by position."""
+    rng = np.random.default_rng(start)
+    x = rng.normal(size=(1, TILES[2])).astype(np.float32)
+    x[(x >= 3.0) & (x < 3.1)] = 0.0  # the ties have their bin to themselves
+    length = TILES[2] - start
+    x[0, start + rng.permutation(length)[:5]] = 3.0
+    above = int((x[0, start:] > 3.0).sum())
+    for num_ties in range(1, 5):
+        check(
+            library, x, above + num_ties, np.array([start], np.int32),
+            np.array([length], np.int32), is_sorted=num_ties % 2 == 1,
+        )  # fmt: skip
+
+
 def half_of_one_value(rng: np.random.Generator, width: int) -> np.ndarray:
     """Most of what a top-k of a seventh selects is one value; the rest spreads out above it."""
     x = rng.normal(size=width)
