@@ -1,10 +1,9 @@
 // Step 4: the exact k-th largest key among the open elements, and how many of its ties are wanted.
 //
 // Splits the bracket into bins, keeps the bin that holds the wanted rank, and repeats until the
-// bin has at most 32 elements or is a single key; ordinary data needs one round. What every warp
-// can find from shared memory by itself needs no barrier: the rank's bin, of few enough bins, and
-// the pivot among the few elements that are left. Cost: two passes over the candidates and two
-// barriers. The few candidates of a short row are compared with each other at once: one barrier.
+// bin has at most 32 elements or is a single key; ordinary data needs one round. The few elements
+// that are left, and those of a short row at once, are compared with each other. Cost: two passes
+// over the candidates and four barriers; of few candidates one barrier.
 
 #ifndef JAX_TOPK_CUDA_FIND_PIVOT_CUH_
 #define JAX_TOPK_CUDA_FIND_PIVOT_CUH_

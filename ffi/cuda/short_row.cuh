@@ -539,7 +539,7 @@ __device__ __forceinline__ ShortSelection<T, kTurns> SelectElements(
   VisitOpen(masks.open, [&](int, uint32_t, int element) {
     const uint32_t place = FetchAndAdd(&cta.header->num_own, 1u);
     own[place] = tile.Key(element);
-    // What lies before the window comes last.
+    // Unsigned: what lies before the window would come last.
     if (is_by_owner) positions[place] = static_cast<uint32_t>(tile.Position(element));
   });
   SyncThreads();  // the open keys before their reads
