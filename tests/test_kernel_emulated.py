@@ -287,6 +287,16 @@ def test_lowest_key_competes_with_padding(library):
         check(library, x, k, plan="path=sample,cluster=7,part=300")
 
 
+@pytest.mark.parametrize("plan", ["path=sample,cluster=1", "path=sample,cluster=3,part=300"])
+def test_few_elements_of_the_lowest_key(library, plan):
+    """They are ranked among few others, by sums that do not carry beside the lowest key."""
+    rng = np.random.default_rng(2)
+    x = rng.normal(size=(1, 4000)).astype(np.float32)
+    x.view(np.uint32)[0, rng.permutation(4000)[:5]] = 0xFFFFFFFF
+    for k in range(3995, 4000):
+        check(library, x, k, plan=plan, is_sorted=k % 2 == 1)
+
+
 @pytest.mark.parametrize("start", [0, 1, 2, 3, 6])
 def test_lowest_key_competes_with_what_is_beside_the_window(library, start):
     """Short rows take what lies outside the window for elements of key 0; ties go by position."""

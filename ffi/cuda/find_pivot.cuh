@@ -154,7 +154,7 @@ __device__ __forceinline__ Pivot FindPivot(Cta& cta, const Candidates& candidate
 #pragma unroll 1
   for (int round = 0; inside > kMaxFinalists && !bracket.IsSingleKey(); ++round) {
     if (Unlikely(round > 0)) {
-      SyncThreads();  // the last reads of the histogram
+      SyncThreads();  // the last search before its bins are cleared
       if (cta.thread < kPivotBins) cta.bins[cta.thread] = 0;
       SyncThreads();  // the cleared histogram before its use
     }

@@ -163,7 +163,7 @@ __device__ __forceinline__ void SelectResidentRow(Cta& cta, const TopKArgs& args
                        {},
                        {},
                        output.flip};
-  SyncThreads();  // the cleared histogram before its use
+  SyncThreads();  // the cleared histogram before the guess
   Bracket bracket = GuessBracket<T>(cta, args, window, sample, output.flip);
   CopyAsyncWait<0>();
   SyncThreads();  // the tile before its use
@@ -198,7 +198,7 @@ __device__ __forceinline__ void SelectStreamedRow(Cta& cta, const TopKArgs& args
   WarpPart warp = MakeWarpPart(cta, part);
   StartStream<T>(cta, window, warp.part, args.num_stages);
   PlaceCandidates(cta, args, /*has_list=*/true);
-  SyncThreads();  // the cleared histogram before its use
+  SyncThreads();  // the cleared histogram before the guess
   source.bracket = GuessBracket<T>(cta, args, window, sample, output.flip);
   const uint32_t k = static_cast<uint32_t>(args.k);
   const uint32_t capacity = static_cast<uint32_t>(args.list_capacity);

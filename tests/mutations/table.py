@@ -310,7 +310,7 @@ KERNEL = (
         "(key == 0 ? num_seen : of_share.reached)",
         "of_share.reached",
         "No sum carries beside the lowest key: no element has its rank.",
-        _emulated("test_lowest_key_competes_with_padding", HOSTILE, SCHEDULES),
+        _emulated("test_few_elements_of_the_lowest_key"),
     ),
     Mutant(
         "padding_taken_for_the_lowest_key",
