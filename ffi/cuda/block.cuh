@@ -283,6 +283,14 @@ __device__ __forceinline__ uint32_t FindRanks(const Cta& cta, const uint32_t (&r
   return total;
 }
 
+// The same for one rank.
+template <bool kClears, typename KeysOf>
+__device__ __forceinline__ Estimate FindRank(const Cta& cta, uint32_t rank, KeysOf keys_of) {
+  Estimate found[1];
+  FindRanks<kClears>(cta, {rank}, keys_of, found);
+  return found[0];
+}
+
 // Splits a bracket evenly: bin from the top = (highest - key) >> shift, below 2^log_bins.
 struct LinearBins {
   uint32_t highest;

@@ -70,13 +70,12 @@ __device__ __forceinline__ Bracket NarrowBracket(Cta& cta, const RowWindow& wind
     });
     SyncThreads();  // counts before the sum and the search
     if (cta.num_active > 1) SumBins(cta, round & 1);
-    Estimate found[1];
     const Bracket outer = known.keys;
-    FindRanks<true>(
-        cta, {k - known.above}, [&](uint32_t bin) { return bins.Keys(bin, bin, outer); }, found);
-    known.keys = found[0].bracket;
-    known.above += found[0].above;
-    known.inside = found[0].inside;
+    const Estimate found = FindRank<true>(cta, k - known.above,
+                                          [&](uint32_t bin) { return bins.Keys(bin, bin, outer); });
+    known.keys = found.bracket;
+    known.above += found.above;
+    known.inside = found.inside;
   }
   return known.keys;
 }

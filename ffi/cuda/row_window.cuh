@@ -177,12 +177,12 @@ __device__ __forceinline__ uint32_t KeyInRun(const Run& run, int32_t index, uint
   return T::Key(BitsInRun<T>(run, index), flip);
 }
 
-// Every vector takes the place of the one before it, so that a loop need not be unrolled to name
-// its registers.
-template <int kCount>
-__device__ __forceinline__ void MoveUp(uint4 (&vectors)[kCount]) {
+// Every value takes the place of the one before it, so that a loop need not be unrolled to name its
+// registers.
+template <typename V, int kCount>
+__device__ __forceinline__ void MoveUp(V (&values)[kCount]) {
 #pragma unroll
-  for (int i = 0; i + 1 < kCount; ++i) vectors[i] = vectors[i + 1];
+  for (int i = 0; i + 1 < kCount; ++i) values[i] = values[i + 1];
 }
 
 // Calls visit(vector, valid) for the kCount vectors index(0) .. index(kCount - 1), which are loaded

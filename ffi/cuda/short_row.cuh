@@ -265,10 +265,8 @@ __device__ __forceinline__ Estimate NarrowCrowded(const Cta& cta, const ShortTil
     }
     const uint32_t above = estimate.above;
     const Bracket outer = estimate.bracket;
-    Estimate found[1];
-    FindRanks<false>(
-        cta, {rank - above}, [&](uint32_t bin) { return bins.Keys(bin, bin, outer); }, found);
-    estimate = found[0];
+    estimate = FindRank<false>(cta, rank - above,
+                               [&](uint32_t bin) { return bins.Keys(bin, bin, outer); });
     estimate.above += above;
     estimate.bracket.lowest = max(estimate.bracket.lowest, seen.lowest);
     estimate.bracket.highest = min(estimate.bracket.highest, seen.highest);
@@ -509,9 +507,7 @@ __device__ __forceinline__ ShortSelection<T, kTurns> SelectElements(
     CountCoarse<T>(cta, vector, valid, coarse_flip);
   });
   SyncThreads();  // counts before the search
-  Estimate found[1];
-  FindRanks<false>(cta, {k}, [](uint32_t bin) { return CoarseKeys<T>(bin); }, found);
-  Estimate estimate = found[0];
+  Estimate estimate = FindRank<false>(cta, k, [](uint32_t bin) { return CoarseKeys<T>(bin); });
   const uint32_t open_limit = static_cast<uint32_t>(min(kMaxDirect, args.list_capacity));
   if (Unlikely(estimate.inside > open_limit)) {
     estimate = NarrowCrowded(cta, tile, estimate, k, open_limit);

@@ -161,7 +161,7 @@ __device__ __forceinline__ void AppendRuns(const Cta& cta, const ListPool& pool,
   for (; kept != 0; kept &= kept - 1) {
     const int32_t i = __ffs(kept) - 1;
     const uint32_t key = kComparison == Comparison::kPlain ? BitsInRun<T>(run, i) | T::kSign
-                                                           : T::Key(BitsInRun<T>(run, i), flip);
+                                                           : KeyInRun<T>(run, i, flip);
     if (key <= highest_open) ++warp->num_open;
     const uint32_t entry = place + (place < had * kChunkEntries ? old_shift : new_shift);
     pool.keys[entry] = key;

@@ -141,6 +141,7 @@ struct TileSource {
   TileShare share;
   PartCounts counts;  // of the CTA
   uint32_t flip;
+
   __device__ __forceinline__ int32_t Position(int i) const { return run.position + i; }
   __device__ __forceinline__ uint32_t Key(int i) const { return KeyInRun<T>(run, i, flip); }
 
@@ -167,6 +168,7 @@ struct TileSource {
     return place;
   }
 
+  // Open elements are compared with the pivot; one scan of both counts tells their places.
   __device__ __forceinline__ Place PlaceByKeys(Cta& cta, const Selection& selection) const {
     uint32_t greater = 0, equal = 0;
 #pragma unroll 1
@@ -330,7 +332,7 @@ struct PairSink {
       pairs[place] = pair;
     }
   }
-  // See StreamSource. Rolled: each entry takes the place of the one before it.
+  // See StreamSource.
   __device__ __forceinline__ void PutEntries(uint32_t place, uint32_t selected,
                                              const uint32_t (&keys)[kEntriesPerThread],
                                              const uint32_t (&positions)[kEntriesPerThread]) const {
@@ -340,10 +342,8 @@ struct PairSink {
 #pragma unroll 1
     for (; selected != 0; selected >>= 1) {
       if (selected & 1) Put(place++, key[0], static_cast<int32_t>(position[0]));
-#pragma unroll
-      for (uint32_t i = 0; i + 1 < kEntriesPerThread; ++i) {
-        key[i] = key[i + 1], position[i] = position[i + 1];
-      }
+      MoveUp(key);
+      MoveUp(position);
     }
   }
 };
