@@ -84,6 +84,12 @@ inline constexpr int kMaxByOwner = 8;
 inline constexpr int64_t kRankedBytes = kMaxDirect * 4;
 static_assert(kMaxByOwner * 8 <= kRankedBytes, "keys and positions");
 
+// What sorting `count` pairs takes, besides the pairs: room for them in bins, a place for each word
+// of the histogram, and lists of bins that hold several, for each warp as long as all its pairs.
+constexpr int64_t SortBytes(int64_t count) {
+  return AlignUp(count * 8, 16) + int64_t{kBins} * 2 + AlignUp(kMaxK, kThreads) * 2;
+}
+
 struct SmemLayout {
   int64_t bins;  // uint32[kBins]
   int64_t a;
@@ -108,13 +114,15 @@ constexpr SmemLayout MakeSmemLayout(int cluster_size, int num_stages, int64_t li
   layout.num_chunks = static_cast<int32_t>(NumChunks(list_capacity));
   layout.bins = kHeaderBytes;
   layout.a = AlignUp(layout.bins + kBinsBytes, 128);
-  layout.b = layout.a + AlignUp(larger(TileRingBytes(num_stages), candidates_bytes), 128);
+  // Areas A and B each: where one holds a row's pairs, the other one serves to sort them.
+  const int64_t either_bytes = larger(candidates_bytes, SortBytes(k));
+  layout.b = layout.a + AlignUp(larger(TileRingBytes(num_stages), either_bytes), 128);
   // Behind the histograms of the cluster too: a CTA may still collect keys for a bracket that a
   // peer has found wrong.
   layout.own = own_offset;
   layout.total_bytes =
       layout.b + AlignUp(larger(larger(ListBytes(list_capacity), cluster_size == 1 ? 0 : kSumBytes),
-                                candidates_bytes),
+                                either_bytes),
                          128);
   layout.has_large_tile =
       layout.a + kLargeTileBytes + larger(NextPowerOfTwo(k) * 8, kRankedBytes) <=

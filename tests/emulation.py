@@ -98,3 +98,16 @@ def top_k(
         for guard in (whole[:_GUARD], whole[-_GUARD:]):
             assert guard.tobytes() == b"\xa5" * guard.nbytes, "written outside the output"
     return (values if with_values else None), indices
+
+
+def pair_bins(
+    library: ctypes.CDLL, keys: np.ndarray, *, attempt: int, is_float32: bool
+) -> np.ndarray:
+    """Bins [count] of pairs with these uint32 `keys` in a sort, see `emulated/emulate.cc`."""
+    keys = np.ascontiguousarray(keys, np.uint32)
+    bins = np.empty_like(keys)
+    library.jax_topk_pair_bins(
+        int(is_float32), ctypes.c_void_p(keys.ctypes.data), len(keys), attempt,
+        ctypes.c_void_p(bins.ctypes.data),
+    )  # fmt: skip
+    return bins

@@ -330,6 +330,47 @@ def half_of_one_value(rng: np.random.Generator, width: int) -> np.ndarray:
     return x
 
 
+def keys_of(rng: np.random.Generator, count: int) -> np.ndarray:
+    """float32 keys (see `ordered_key.cuh`) of one of many ranges, spacings and outliers."""
+    center = rng.integers(0, 2**32)
+    reach = int(2 ** rng.uniform(0, 33))
+    spacing = 2 ** rng.integers(0, 32)
+    keys = center + rng.integers(-reach, reach + 1, size=count) // spacing * spacing
+    kind = rng.integers(5)
+    if kind == 0:  # normal values, of which some may be negative
+        values = rng.normal(size=count) + rng.integers(0, 4)
+        keys = key_of_bits(values.astype(np.float32).view(np.uint32))
+    elif kind == 1:  # the same with a step between them
+        values = np.round(rng.normal(size=count) * 8) / 2 ** rng.integers(0, 4)
+        keys = key_of_bits(values.astype(np.float32).view(np.uint32))
+    keys = keys.clip(0, 2**32 - 1).astype(np.uint32)
+    for _ in range(rng.integers(4)):
+        outlier = rng.choice([0, 0x7FFFFF, 0xFF800000, 2**32 - 1, 2**31, 2**31 - 1])
+        keys[rng.integers(0, count, size=rng.integers(1, 4))] = outlier
+    return keys
+
+
+def key_of_bits(bits: np.ndarray) -> np.ndarray:
+    return np.where(bits >> 31, ~bits, bits | np.uint32(2**31)).astype(np.int64)
+
+
+@pytest.mark.parametrize("is_float32", [True, False])
+@pytest.mark.parametrize("attempt", [0, 1, 2])
+def test_bins_of_a_sort_keep_the_order(library, attempt, is_float32):
+    """Better pairs never come to later bins, and no bin lies outside the histogram."""
+    rng = np.random.default_rng([20, attempt])
+    for _ in range(4000):
+        count = int(rng.choice([2, 3, 64, 700, 4096]))
+        keys = keys_of(rng, count)
+        keys = keys if is_float32 else keys >> 16
+        if keys.max() == keys.min() or (attempt > 0 and keys.max() - keys.min() < 2):
+            continue  # the kernel asks for no bins
+        bins = emulation.pair_bins(library, keys, attempt=attempt, is_float32=is_float32)
+        assert bins.max() < 16384
+        in_order = bins[np.lexsort((np.arange(count), ~keys))]
+        assert np.all(in_order[1:] >= in_order[:-1])
+
+
 def far_outliers(rng: np.random.Generator, width: int) -> np.ndarray:
     """A half of it spans many octaves, down to zero, and three values lie far above the rest."""
     x = rng.normal(size=width)

@@ -68,9 +68,10 @@ struct SharedHeader {
   uint32_t equal_before;
   uint32_t pivot_key;
   uint32_t pivot_ties;                            // see RankDirectly
-  uint32_t crowd;                                 // of the fullest bin while pairs are sorted
+  uint32_t crowd;                                 // a bin of pairs overflowed, see CountPairs
   uint4 found[2];                                 // see FindRanks
-  Bracket warp_ranges[kWarps];                    // see KeyRange
+  uint4 warp_keys[kWarps];                        // see FindKeys
+  uint32_t zeros[32];                             // see CountPairs
   PartCounts warp_counts[kWarps];                 // see SumOverWarps
   uint32_t turn_sums[2][kMaxCountWords][kWarps];  // see TurnPlaces
   uint32_t warp_listed[kWarps];                   // entries of each warp's list

@@ -39,10 +39,6 @@ struct KeyOrder {
   __device__ __forceinline__ static uint32_t Bits(uint32_t key, uint32_t flip) {
     return (key & kSign ? key ^ kSign : key ^ kMaxKey) ^ flip;
   }
-  // The value whose key it is where the largest are wanted; of float32 and bfloat16.
-  __device__ __forceinline__ static float OrderedValue(uint32_t key) {
-    return FloatOfBits(Bits(key, 0) << (32 - kBits));
-  }
   __device__ __forceinline__ static uint32_t Element(const uint4& vector, int i) {
     if constexpr (kBits == 32) {
       return i == 0 ? vector.x : i == 1 ? vector.y : i == 2 ? vector.z : vector.w;
@@ -115,10 +111,10 @@ struct FloatSteps {
 };
 static_assert(FloatSteps::kScale == 4, "Fourfold needs no shift");
 
-// kWidestEven: the widest range of keys over which kBins even bins are as fine as coarse ones.
+// kWidestEven: the widest range of keys whose pairs SortPairs spreads evenly by key.
 struct Float32 : KeyOrder<uint32_t> {
   static constexpr int kMaxVectors = jax_topk::kMaxVectors;
-  static constexpr uint32_t kWidestEven = 64u << 23;
+  static constexpr uint32_t kWidestEven = 24u << 23;
   static constexpr uint32_t kInfinity = 0x7f800000u;
   __device__ __forceinline__ static uint32_t FourfoldSteps(uint32_t halves) {
     return FloatSteps::Fourfold(halves);
@@ -130,7 +126,7 @@ struct Float32 : KeyOrder<uint32_t> {
 
 struct BFloat16 : KeyOrder<uint16_t> {
   static constexpr int kMaxVectors = 3;
-  static constexpr uint32_t kWidestEven = 64u << 7;
+  static constexpr uint32_t kWidestEven = 24u << 7;
   static constexpr uint32_t kInfinity = 0x7f80u;
   __device__ __forceinline__ static uint32_t FourfoldSteps(uint32_t halves) {
     return FloatSteps::Fourfold(halves);
@@ -150,16 +146,6 @@ struct Float16 : KeyOrder<uint16_t> {
   }
   __device__ __forceinline__ static uint32_t StepMagnitude(uint32_t step) { return step * 32; }
 };
-
-// The coarse bin of a key, counted from the top.
-template <typename T>
-__device__ __forceinline__ uint32_t CoarseBinOfKey(uint32_t key) {
-  const bool is_upper = (key & T::kSign) != 0;
-  const uint32_t magnitude = (is_upper ? key : ~key) & (T::kSign - 1);
-  const uint32_t fourfold = T::FourfoldSteps(T::kBits == 32 ? magnitude >> 16 : magnitude);
-  const uint32_t step = (fourfold & 0xffffu) >> 2;
-  return is_upper ? kHalfBins - 1 - step : kHalfBins + step;
-}
 
 // The lowest key of coarse bin `from_top`, 0 being the bin of the largest keys.
 template <typename T>

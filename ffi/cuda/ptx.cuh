@@ -144,10 +144,13 @@ __device__ __forceinline__ void SetIfAtLeast(uint32_t* bits, uint32_t bit, int32
       : "r"(word), "r"(bound), "r"(bit));
 }
 
-__device__ __forceinline__ float FloatOfBits(uint32_t bits) { return __uint_as_float(bits); }
-
 // The upper word of a product.
 __device__ __forceinline__ uint32_t UpperProduct(uint32_t a, uint32_t b) { return __umulhi(a, b); }
+
+// sum + the four bytes of a word.
+__device__ __forceinline__ uint32_t AddBytes(uint32_t sum, uint32_t bytes) {
+  return __dp4a(bytes, 0x01010101u, sum);
+}
 
 // Approximate, a few units in the last place: for guesses that are verified.
 __device__ __forceinline__ float FastDivide(float a, float b) { return __fdividef(a, b); }
@@ -318,6 +321,9 @@ __device__ __forceinline__ uint32_t WarpMin(uint32_t value) {
 }
 __device__ __forceinline__ uint32_t WarpMax(uint32_t value) {
   return __reduce_max_sync(0xffffffffu, value);
+}
+__device__ __forceinline__ uint32_t WarpOr(uint32_t value) {
+  return __reduce_or_sync(0xffffffffu, value);
 }
 
 }  // namespace jax_topk

@@ -408,26 +408,29 @@ __device__ __forceinline__ uint32_t ElementInTile(const Cta& cta, int32_t number
 template <typename T>
 __device__ __forceinline__ void MakePairs(Cta& cta, int32_t count, int32_t skew,
                                           const RowOutput<T>& output) {
+  if (count == 0) return;
   const int32_t* positions = reinterpret_cast<const int32_t*>(cta.own) + output.k;
-  const PairSink sink(cta, 0, count);
-  // Pair i lies on the positions 2 i - k and 2 i - k + 1, which come no later than its own: pairs
-  // never overwrite positions of later rounds.
-  constexpr int kPerRound = 6;
-#pragma unroll 1
-  for (int32_t first = cta.thread; first - cta.thread < count; first += kPerRound * kThreads) {
-    int32_t of_round[kPerRound];
+  uint2* pairs = reinterpret_cast<uint2*>(cta.own);
+  VisitGroups(count, [&](auto group) {
+    const auto place_of = [&](int i) { return (group.kFirst + i) * kThreads + cta.thread; };
+    int32_t of[group.kCount];
+    uint32_t keys[group.kCount];
 #pragma unroll
-    for (int i = 0; i < kPerRound; ++i) {
-      of_round[i] = first + i * kThreads < count ? positions[first + i * kThreads] : 0;
-    }
+    for (int i = 0; i < group.kCount; ++i) of[i] = positions[min(place_of(i), count - 1)];
+    // Pair i lies on the positions 2 i - k and 2 i - k + 1, which come no later than its own: pairs
+    // never overwrite positions of later groups.
     SyncThreads();  // the positions before pairs overwrite them
 #pragma unroll
-    for (int i = 0; i < kPerRound; ++i) {
-      if (first + i * kThreads >= count) continue;
-      const uint32_t bits = ElementInTile<T>(cta, of_round[i] + skew);
-      sink.Put(static_cast<uint32_t>(first + i * kThreads), T::Key(bits, output.flip), of_round[i]);
+    for (int i = 0; i < group.kCount; ++i) {
+      keys[i] = T::Key(ElementInTile<T>(cta, of[i] + skew), output.flip);
     }
-  }
+#pragma unroll
+    for (int i = 0; i < group.kCount; ++i) {
+      if (place_of(i) < count) {
+        pairs[place_of(i)] = make_uint2(static_cast<uint32_t>(of[i]), ~keys[i]);
+      }
+    }
+  });
 }
 
 // Writes the selected elements, `count` in all.

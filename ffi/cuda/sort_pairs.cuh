@@ -1,12 +1,12 @@
 // Sorted output: a row's selected elements, best first, by one CTA.
 //
-// Counts the pairs by 4096 bins, places every pair in its bin by an exclusive scan, and ranks it
-// there among the few that share the bin: five passes over the pairs and five barriers, whatever k
-// is. Bins are even in key; if that spans too many octaves (keys around zero, most of all), even in
-// value, or 32 to an octave where a few large values or an infinity would crowd those. Where values
-// crowd into few bins all the same, the ties of the lowest key are set apart, since k most often
-// cuts a plateau; and if that does not help, a bitonic sort takes over, with log2(k)^2 / 2 steps of
-// one barrier each. Loops stay rolled: fetching more instructions takes longer than waiting in few.
+// Counts the pairs by 16384 bins of four bits, places every pair in its bin by an exclusive scan,
+// and sorts the few bins that hold several, a thread each. Bins are even in key, but for keys
+// around zero if those span too many octaves. Where there are bins between two keys (keys of 16
+// bits, also as float32, or small integers), they divide equal ones by their numbers. If a bin
+// overflows all the same, the pairs of the highest and the lowest key, which need no comparing, get
+// bins of their own (infinities, or a plateau that k cuts), the others are spread anew, and if that
+// does not help, a bitonic sort takes over, with log2(k)^2 / 2 steps of one barrier each.
 
 #ifndef JAX_TOPK_CUDA_SORT_PAIRS_CUH_
 #define JAX_TOPK_CUDA_SORT_PAIRS_CUH_
@@ -20,13 +20,9 @@
 
 namespace jax_topk {
 
-// Most pairs of one bin that are ranked by comparing all of them, and so many of one that is even
-// in value that coarse bins are tried.
-constexpr uint32_t kMaxCrowd = 256;
-constexpr uint32_t kMaxCrowdByValue = 64;
 // A pair is (position, ~key): as a 64-bit number, ~key above position, ascending is best first.
 __device__ __forceinline__ bool IsBetter(const uint2& a, const uint2& b) {
-  return a.y < b.y || (a.y == b.y && a.x < b.x);
+  return (uint64_t{a.y} << 32 | a.x) < (uint64_t{b.y} << 32 | b.x);
 }
 
 // Sorts ascending in shared memory; `size` is a power of two. In and out: ordered by a barrier.
@@ -50,191 +46,349 @@ __device__ __forceinline__ void SortBitonic(const Cta& cta, uint2* pairs, int si
   }
 }
 
-// Bins of pairs: two to a word of the histogram, which never counts more than kMaxK.
-constexpr uint32_t kPairBins = 2 * kBins;
-static_assert(kMaxK < 1 << 16, "a half word counts all pairs");
-
-// Counts a pair; returns how many were counted in its bin before, or the place that was there.
-__device__ __forceinline__ uint32_t CountPair(const Cta& cta, uint32_t bin) {
-  const uint32_t shift = bin % 2 * 16;
-  return atomicAdd(&cta.bins[bin / 2], 1u << shift) >> shift & 0xffffu;
+__device__ __forceinline__ void Exchange(uint2* better, uint2* worse) {
+  const uint2 a = *better, b = *worse;
+  const bool swaps = IsBetter(b, a);
+  *better = swaps ? b : a;
+  *worse = swaps ? a : b;
 }
 
-// Turns the histogram into the first place of every bin; returns the size of the fullest one.
-__device__ __forceinline__ uint32_t ScanBins(Cta& cta) {
-  uint32_t* own_bins = cta.bins + kBinsPerThread * cta.thread;
-  const bool has_bins = cta.thread < kBinThreads;
-  uint32_t counts[kBinsPerThread] = {};
-  uint32_t sum = 0, crowd = 0;
-  if (has_bins) {
-    LoadWords(own_bins, counts);
-#pragma unroll
-    for (int i = 0; i < kBinsPerThread; ++i) {
-      sum += counts[i];  // of both halves
-      crowd = max(crowd, max(counts[i] & 0xffffu, counts[i] >> 16));
+// Sorts the pairs of one bin, by one thread.
+__device__ __forceinline__ void SortBin(uint2* bin, int count) {
+  if (Unlikely(count > 4)) {
+#pragma unroll 1
+    for (int i = 1; i < count; ++i) {
+      const uint2 pair = bin[i];
+      int place = i;
+#pragma unroll 1
+      for (; place > 0; --place) {
+        const uint2 before = bin[place - 1];
+        if (!IsBetter(pair, before)) break;
+        bin[place] = before;
+      }
+      bin[place] = pair;
     }
+    return;
   }
-  crowd = WarpMax(crowd);
-  if (cta.lane == 0) atomicMax(&cta.header->crowd, crowd);
-  uint32_t place = BlockScan(cta, (sum & 0xffffu) + (sum >> 16)).before;
-  if (has_bins) {
+  uint2 of[4];
 #pragma unroll
-    for (int i = 0; i < kBinsPerThread; ++i) {
-      const uint32_t odd = place + (counts[i] & 0xffffu);
-      own_bins[i] = place | odd << 16;
-      place = odd + (counts[i] >> 16);
-    }
+  for (int i = 0; i < 4; ++i) of[i] = i < count ? bin[i] : make_uint2(~0u, ~0u);
+  Exchange(&of[0], &of[1]);
+  Exchange(&of[2], &of[3]);
+  Exchange(&of[0], &of[2]);
+  Exchange(&of[1], &of[3]);
+  Exchange(&of[1], &of[2]);
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    if (i < count) bin[i] = of[i];
   }
-  SyncThreads();  // the places and the crowd before their reads
-  return cta.header->crowd;
 }
+
+// Threads take the pairs in turns, some of them together: a group's loads come before its stores,
+// and no branch lies between its turns, whose instructions the compiler mixes.
+constexpr int kPairTurns = (kMaxK + kThreads - 1) / kThreads;
+template <int kFirstTurn, int kEndTurn>
+struct TurnGroup {
+  static constexpr int kFirst = kFirstTurn, kCount = kEndTurn - kFirstTurn;
+};
+// Calls visit(group) for the turns that `count` pairs need, or some more.
+template <typename Visit>
+__device__ __forceinline__ void VisitGroups(int count, Visit visit) {
+  constexpr int kMany = 6;  // turns of k = 2048
+  if (count <= kThreads) {
+    visit(TurnGroup<0, 1>());
+    return;
+  }
+  visit(TurnGroup<0, kMany>());
+  if (Unlikely(count > kMany * kThreads)) visit(TurnGroup<kMany, kPairTurns>());
+}
+
+// Bins of pairs: eight to a word of the histogram.
+constexpr int kLogPairBins = 14;
+constexpr uint32_t kPairBins = 1u << kLogPairBins;
+static_assert(kPairBins == 8 * kBins, "eight to a word");
+constexpr uint32_t kMaxPerBin = 15;
+
+// `base` and a word's eight counts, summed.
+__device__ __forceinline__ uint32_t AddCounts(uint32_t base, uint32_t word) {
+  return AddBytes(AddBytes(base, word & 0x0f0f0f0fu), word >> 4 & 0x0f0f0f0fu);
+}
+
+// What is known of some pairs' keys.
+struct Keys {
+  Bracket range;
+  uint32_t differences;  // the bits in which they differ
+};
+
+// Of those keys of `count` pairs that lie in `outer`. One barrier.
+template <bool kIsAll>
+__device__ __forceinline__ Keys FindKeys(const Cta& cta, const uint2* pairs, int count,
+                                         const Bracket& outer) {
+  uint32_t lowest = 0xffffffffu, highest = 0, differences = 0;
+  const uint32_t any = ~pairs[0].y;
+  VisitGroups(count, [&](auto group) {
+#pragma unroll
+    for (int i = 0; i < group.kCount; ++i) {
+      const int number = (group.kFirst + i) * kThreads + cta.thread;
+      const uint32_t key = ~pairs[min(number, count - 1)].y;
+      const bool counts = kIsAll || outer.Contains(key);
+      lowest = min(lowest, counts ? key : 0xffffffffu);
+      highest = max(highest, counts ? key : 0);
+      differences |= key ^ any;
+    }
+  });
+  lowest = WarpMin(lowest);
+  highest = WarpMax(highest);
+  differences = WarpOr(differences);
+  if (cta.lane == 0) cta.header->warp_keys[cta.warp] = make_uint4(lowest, highest, differences, 0);
+  SyncThreads();  // the warps' keys before their reads
+  const uint4 of_warp = LoadShared(&cta.header->warp_keys[min(cta.lane, kWarps - 1)]);
+  return Keys{{WarpMin(of_warp.x), WarpMax(of_warp.y)}, WarpOr(of_warp.z)};
+}
+
+// How pairs are spread over bins: evenly by key, or with the exceptions that PairBins names.
+enum class Spread { kEven, kGeneral };
 
 // The bin of a pair, 0 being that of the best.
 template <typename T>
 struct PairBins {
-  uint32_t highest_key, key_scale;
-  bool is_wide;
-  bool is_by_value;
-  float highest, scale;  // by value
+  uint32_t best;   // ~ of the highest key
+  uint32_t scale;  // bins per unit of depth, which is shifted first; 32 bits behind the point
+  int shift;
+  uint32_t number_scale;  // bins per pair of one key, the same way
+  // Keys nearer to zero than `margin`, which take many octaves and are few, count as two keys:
+  // those above zero, and those below.
+  uint32_t zero;
+  int32_t margin, nearest, top;
+  bool has_extremes;  // pairs of these keys have bins of their own, by their numbers
+  Bracket extremes;
 
-  __device__ __forceinline__ explicit PairBins(const Bracket& range)
-      : highest_key(range.highest), is_wide(range.highest - range.lowest > T::kWidestEven) {
-    // kPairBins / (range + 1), with 32 bits behind the point. A little less, because the quotient
-    // is not exact; at most a word.
-    constexpr float kScaledBins = 4294967296.0f * static_cast<float>(kPairBins) * 0.999999f;
-    const float num_keys = static_cast<float>(range.highest - range.lowest) + 1.0f;
-    key_scale = static_cast<uint32_t>(min(FastDivide(kScaledBins, num_keys), 4294967040.0f));
-    highest = T::OrderedValue(range.highest);
-    const float width = highest - T::OrderedValue(range.lowest);
-    scale = FastDivide(static_cast<float>(kPairBins), width);
-    // Neither infinities nor NaNs, nor a quotient that is 0 or infinite.
-    constexpr float kMost = 0x1p120f;
-    is_by_value = is_wide && width < kMost && scale < kMost && scale > 0.0f;
+  // `keys`: of all pairs, or of those whose keys are not extremes.
+  __device__ __forceinline__ PairBins(const Keys& keys, int count, bool may_have_margin,
+                                      bool are_extremes_apart, const Bracket& outermost)
+      : best(~keys.range.highest),
+        margin(0),
+        nearest(0),
+        has_extremes(are_extremes_apart),
+        extremes(outermost) {
+    // All keys are alike below this bit.
+    const int step = __ffs(keys.differences) - 1;
+    const uint32_t below_step = (1u << step) - 1;
+    zero = T::kSign | (keys.range.lowest & below_step);
+    if (may_have_margin && keys.range.highest - keys.range.lowest > T::kWidestEven) {
+      const int32_t above = static_cast<int32_t>(keys.range.highest - zero);
+      const int32_t below = static_cast<int32_t>(zero - keys.range.lowest);
+      const int32_t outside = static_cast<int32_t>(T::kWidestEven / 2);
+      margin = static_cast<int32_t>(max(max(above, below) - outside, 0) & ~below_step);
+      if (margin != 0) nearest = static_cast<int32_t>(1u << step);
+    }
+    top = BeyondMargin(keys.range.highest);
+    const uint32_t range = static_cast<uint32_t>(top - BeyondMargin(keys.range.lowest));
+    shift = max(__clz(range) - (31 - kLogPairBins), 0);
+    const float num_keys = static_cast<float>(range) + static_cast<float>(1u << step);
+    // A little less than the quotients, which are not exact.
+    constexpr float kLess = 0.999999f;
+    const uint32_t num_bins = are_extremes_apart ? kPairBins / 2 : kPairBins;
+    const float bins = static_cast<float>(num_bins) * kLess;
+    constexpr float kWord = 4294967296.0f, kMostOfWord = 4294967040.0f;
+    scale = static_cast<uint32_t>(
+        min(FastDivide(bins * kWord, num_keys * static_cast<float>(1u << shift)), kMostOfWord));
+    // Bins between two keys are room to spread equal ones by their numbers.
+    const uint32_t per_key = step + shift < 32
+                                 ? min(UpperProduct(scale, 1u << (step + shift)), num_bins - 1)
+                                 : num_bins - 1;
+    number_scale = 0;
+    if (per_key >= 2) {
+      const float per_number =
+          FastDivide(static_cast<float>(per_key) * (kLess * kWord), static_cast<float>(count));
+      number_scale = static_cast<uint32_t>(min(per_number, kMostOfWord));
+    }
   }
-  // Every step is monotone, so better keys never come to later bins.
-  __device__ __forceinline__ uint32_t Of(const uint2& pair) const {
-    const uint32_t key = ~pair.y;
-    if (!is_wide) return min(UpperProduct(highest_key - key, key_scale), kPairBins - 1);
-    if (!is_by_value) return CoarseBinOfKey<T>(key);
-    const float depth = (highest - T::OrderedValue(key)) * scale;
-    return min(static_cast<uint32_t>(depth), kPairBins - 1);
+  __device__ __forceinline__ bool IsEven() const { return margin == 0 && !has_extremes; }
+
+  // Of the pair of this number in ascending position. Every step is monotone: better pairs never
+  // come to later bins.
+  template <Spread kSpread>
+  __device__ __forceinline__ uint32_t Of(uint32_t inverted_key, uint32_t number) const {
+    if constexpr (kSpread == Spread::kEven) {
+      return UpperProduct((inverted_key - best) << shift, scale) +
+             UpperProduct(number, number_scale);
+    }
+    const uint32_t key = ~inverted_key;
+    const int32_t beyond = BeyondMargin(key);
+    // What counts as one key may be several: then their numbers say nothing.
+    const bool is_one_key = margin == 0 || (beyond != nearest && beyond != -nearest);
+    const uint32_t bin = UpperProduct(static_cast<uint32_t>(top - beyond) << shift, scale) +
+                         UpperProduct(is_one_key ? number : 0, number_scale);
+    if (!has_extremes) return bin;
+    static_assert(kMaxK <= kPairBins / 4, "a bin for each pair");
+    if (key == extremes.highest) return number;
+    return key == extremes.lowest ? kPairBins * 3 / 4 + number : kPairBins / 4 + bin;
+  }
+
+ private:
+  // How far from zero a key lies, the margin left out.
+  __device__ __forceinline__ int32_t BeyondMargin(uint32_t key) const {
+    const int32_t from_zero = static_cast<int32_t>(key - zero);
+    const int32_t shortened = margin - nearest;
+    if (from_zero > 0) return max(from_zero - shortened, nearest);
+    return from_zero < 0 ? min(from_zero + shortened, -nearest) : 0;
   }
 };
 
-// The range of the keys of `count` >= 1 pairs. One barrier.
-__device__ __forceinline__ Bracket KeyRange(const Cta& cta, const uint2* pairs, int count) {
-  uint32_t lowest = 0xffffffffu, highest = 0;
-#pragma unroll 1
-  for (int i = cta.thread; i < count; i += kThreads) {
-    lowest = min(lowest, ~pairs[i].y);
-    highest = max(highest, ~pairs[i].y);
-  }
-  lowest = WarpMin(lowest);
-  highest = WarpMax(highest);
-  if (cta.lane == 0) cta.header->warp_ranges[cta.warp] = Bracket{lowest, highest};
-  SyncThreads();  // the warps' ranges before their reads
-  const Bracket of_warp = cta.header->warp_ranges[min(cta.lane, kWarps - 1)];
-  return Bracket{WarpMin(of_warp.lowest), WarpMax(of_warp.highest)};
+// Where a sort works, besides the pairs and the histogram: see SortBytes.
+struct SortSpace {
+  uint2* pairs;       // by bin
+  uint16_t* firsts;   // [kBins]: places of the first pairs of the histogram's words
+  uint16_t* crowded;  // a list for each warp of bins: the place of the first pair, number << 12
+
+  __device__ __forceinline__ SortSpace(unsigned char* spare, int count)
+      : pairs(reinterpret_cast<uint2*>(spare)),
+        firsts(reinterpret_cast<uint16_t*>(spare + (count + 1) / 2 * 16)),
+        crowded(firsts + kBins) {}
+};
+static_assert(kMaxK <= 1 << 12 && kMaxPerBin < 1 << 4, "a place and a number fit 16 bits");
+
+// A thread's pairs, by turn, in their bins.
+struct BinnedPairs {
+  uint32_t tags[kPairTurns];  // how many came to the bin before << 16 | the bin
+  uint32_t num_second;        // of the warp's, that came to theirs second
+  uint32_t second_before;     // of the lanes before
+};
+
+// Counts pairs by bin. Returns whether no bin overflowed. In: the cleared histogram and header,
+// ordered by a barrier. One barrier.
+template <typename T, Spread kSpread>
+__device__ __forceinline__ bool CountPairs(const Cta& cta, const uint2* pairs, int count,
+                                           const PairBins<T>& bins, BinnedPairs* binned) {
+  uint32_t most_before = 0, num_second = 0;
+  VisitGroups(count, [&](auto group) {
+    uint32_t bin_of[group.kCount];
+#pragma unroll
+    for (int i = 0; i < group.kCount; ++i) {
+      const int number = min((group.kFirst + i) * kThreads + cta.thread, count - 1);
+      bin_of[i] = bins.template Of<kSpread>(pairs[number].y, static_cast<uint32_t>(number));
+    }
+#pragma unroll
+    for (int i = 0; i < group.kCount; ++i) {
+      const int turn = group.kFirst + i;
+      const bool is_valid = turn * kThreads + cta.thread < count;
+      const uint32_t shift = bin_of[i] % 8 * 4;
+      // Threads behind the last pair add nothing to nothing.
+      uint32_t* word = is_valid ? &cta.bins[bin_of[i] / 8] : &cta.header->zeros[cta.lane];
+      const uint32_t before = FetchAndAdd(word, is_valid ? 1u << shift : 0) >> shift & kMaxPerBin;
+      binned->tags[turn] = before << 16 | bin_of[i];
+      num_second += before == 1;
+      most_before = max(most_before, before);
+    }
+  });
+  if (Unlikely(most_before == kMaxPerBin)) cta.header->crowd = 1;
+  const uint32_t inclusive = WarpInclusiveSum(cta.lane, num_second);
+  binned->num_second = WarpBroadcast(inclusive, 31);
+  binned->second_before = inclusive - num_second;
+  SyncThreads();  // counts before their reads
+  return cta.header->crowd == 0;
 }
 
-// Stores the pairs of the lowest key, which come behind all others, and moves the others together;
-// both stay in ascending position. Returns how many others there are. Ends behind a barrier.
-template <typename Store>
-__device__ __forceinline__ int StoreTies(Cta& cta, uint2* pairs, int count, uint32_t lowest,
-                                         Store store) {
-  uint32_t num_ties = 0;
-#pragma unroll 1
-  for (int first = 0; first < count; first += kThreads) {
-    const int i = first + cta.thread;
-    num_ties += BlockScan(cta, i < count && ~pairs[i].y == lowest).total;
+// Puts the places of the histogram's words into space.firsts. Two barriers.
+__device__ __forceinline__ void PlaceBins(Cta& cta, const SortSpace& space) {
+  static_assert(kBinsPerThread == 8, "eight words to a thread, and a vector of their places");
+  uint32_t sums[kBinsPerThread] = {};
+  uint32_t sum = 0;
+  if (cta.thread < kBinThreads) {
+    const BinCounts words(cta.bins, cta.thread);
+#pragma unroll
+    for (int i = 0; i < kBinsPerThread; ++i) {
+      sums[i] = sum;
+      sum = AddCounts(sum, words.of[i]);
+    }
   }
-  const int num_others = count - static_cast<int>(num_ties);
-  int others_before = 0;
-#pragma unroll 1
-  for (int first = 0; first < count; first += kThreads) {
-    const int i = first + cta.thread;
-    const uint2 pair = i < count ? pairs[i] : make_uint2(0, 0);
-    const bool is_tie = i >= count || ~pair.y == lowest;
-    // Its barrier: this round's reads before its writes, which go no further than them.
-    const Scan others = BlockScan(cta, !is_tie);
-    const int place = others_before + static_cast<int>(others.before);
-    if (!is_tie) pairs[place] = pair;
-    if (is_tie && i < count) store(num_others + i - place, pair);
-    others_before += static_cast<int>(others.total);
+  const uint32_t before = BlockScan(cta, sum).before;
+  if (cta.thread < kBinThreads) {
+    const uint32_t both = before | before << 16;
+    reinterpret_cast<uint4*>(space.firsts)[cta.thread] =
+        make_uint4(both + (sums[0] | sums[1] << 16), both + (sums[2] | sums[3] << 16),
+                   both + (sums[4] | sums[5] << 16), both + (sums[6] | sums[7] << 16));
   }
-  SyncThreads();  // the other pairs before their reads
-  return num_others;
+  SyncThreads();  // the places before their reads
 }
 
-// Counts pairs by bin and turns the counts into the first place of every bin. Returns the size of
-// the fullest one. In: the last reads of the histogram and of the crowd, ordered by a barrier.
+// Puts pairs into their bins, and sorts those that share one. Two barriers.
+__device__ __forceinline__ void PlacePairs(const Cta& cta, const uint2* pairs, int count,
+                                           const BinnedPairs& binned, const SortSpace& space) {
+  uint16_t* const crowded = space.crowded + kPairTurns * 32 * cta.warp;
+  uint16_t* next_crowded = crowded + binned.second_before;
+  VisitGroups(count, [&](auto group) {
+    uint2 of[group.kCount];
+    uint32_t first[group.kCount], in_bin[group.kCount];
+#pragma unroll
+    for (int i = 0; i < group.kCount; ++i) {
+      const int turn = group.kFirst + i;
+      const uint32_t bin = binned.tags[turn] & 0xffffu;
+      of[i] = pairs[min(turn * kThreads + cta.thread, count - 1)];
+      const uint32_t word = cta.bins[bin / 8];
+      const uint32_t shift = bin % 8 * 4;
+      first[i] = AddCounts(space.firsts[bin / 8], word & ~(~0u << shift));
+      in_bin[i] = word >> shift & kMaxPerBin;
+    }
+#pragma unroll
+    for (int i = 0; i < group.kCount; ++i) {
+      const int turn = group.kFirst + i;
+      const uint32_t before = binned.tags[turn] >> 16;
+      if (turn * kThreads + cta.thread < count) space.pairs[first[i] + before] = of[i];
+      if (before == 1) *next_crowded++ = static_cast<uint16_t>(first[i] | in_bin[i] << 12);
+    }
+  });
+  SyncThreads();  // pairs in their bins, and the lists of crowded ones, before their reads
+#pragma unroll 1
+  for (uint32_t i = cta.lane; i < binned.num_second; i += 32) {
+    const uint32_t bin = crowded[i];
+    SortBin(space.pairs + (bin & 0xfffu), static_cast<int>(bin >> 12));
+  }
+  SyncThreads();  // sorted bins before their reads
+}
+
+// Sorts `count` pairs, which are in ascending position. Returns where they lie then. `spare`: see
+// SortSpace; `pairs` has room for a power of two. In: pairs, and the last use of the histogram and
+// of `spare`, ordered by a barrier. Out: the same.
 template <typename T>
-__device__ __forceinline__ uint32_t PlaceBins(Cta& cta, const uint2* pairs, int count,
-                                              const PairBins<T>& bins) {
+__device__ __forceinline__ const uint2* SortPairs(Cta& cta, uint2* pairs, unsigned char* spare,
+                                                  int count) {
   ClearBins(cta);
   if (cta.thread == 0) cta.header->crowd = 0;
-  SyncThreads();  // the cleared histogram before its use
-#pragma unroll 1
-  for (int i = cta.thread; i < count; i += kThreads) CountPair(cta, bins.Of(pairs[i]));
-  SyncThreads();  // counts before the scan
-  return ScanBins(cta);
-}
-
-// Calls store(rank, pair) for `count` pairs in ascending position, rank 0 being the best.
-// `spare` holds as many pairs; `pairs` has room for a power of two. In: pairs, and the last use of
-// the histogram and of `spare`, ordered by a barrier.
-template <typename T, typename Store>
-__device__ __forceinline__ void SortPairs(Cta& cta, uint2* pairs, uint2* spare, int count,
-                                          Store store) {
-  if (count == 0) return;
-  const Bracket range = KeyRange(cta, pairs, count);
-  if (range.IsSingleKey()) {  // ties: in ascending position already
-#pragma unroll 1
-    for (int i = cta.thread; i < count; i += kThreads) store(i, pairs[i]);
-    return;
+  if (cta.warp == 1) cta.header->zeros[cta.lane] = 0;
+  const Keys all = FindKeys</*kIsAll=*/true>(cta, pairs, count, {});
+  if (all.range.IsSingleKey()) return pairs;  // ties: in ascending position already
+  BinnedPairs binned;
+  PairBins<T> bins(all, count, /*may_have_margin=*/true, /*are_extremes_apart=*/false, {});
+  bool fit;
+  if (bins.IsEven()) {
+    fit = CountPairs<T, Spread::kEven>(cta, pairs, count, bins, &binned);
+  } else {
+    fit = CountPairs<T, Spread::kGeneral>(cta, pairs, count, bins, &binned);
   }
-  PairBins<T> bins(range);
-  bool has_ties = true;
 #pragma unroll 1
-  for (;;) {
-    const uint32_t crowd = PlaceBins(cta, pairs, count, bins);
-    const uint32_t limit = bins.is_by_value ? kMaxCrowdByValue : kMaxCrowd;
-    if (!Unlikely(crowd > limit)) break;
-    SyncThreads();  // the reads of the crowd before it is reset
-    if (bins.is_by_value) {
-      bins.is_by_value = false;
-    } else if (has_ties) {
-      has_ties = false;
-      count = StoreTies(cta, pairs, count, range.lowest, store);
-    } else {
+  for (bool may_have_margin = true; Unlikely(!fit); may_have_margin = false) {
+    if (all.range.highest - all.range.lowest < 2 || (bins.has_extremes && bins.margin == 0)) {
       const int size = 1 << (32 - __clz(count - 1));
 #pragma unroll 1
       for (int i = count + cta.thread; i < size; i += kThreads) pairs[i] = make_uint2(~0u, ~0u);
       SyncThreads();  // the padding before the sort
       SortBitonic(cta, pairs, size);
-#pragma unroll 1
-      for (int i = cta.thread; i < count; i += kThreads) store(i, pairs[i]);
-      return;
+      return pairs;
     }
+    SyncThreads();  // the read of what said so before it is reset
+    ClearBins(cta);
+    if (cta.thread == 0) cta.header->crowd = 0;
+    const Bracket inner{all.range.lowest + 1, all.range.highest - 1};
+    bins = PairBins<T>(FindKeys</*kIsAll=*/false>(cta, pairs, count, inner), count, may_have_margin,
+                       /*are_extremes_apart=*/true, all.range);
+    fit = CountPairs<T, Spread::kGeneral>(cta, pairs, count, bins, &binned);
   }
-#pragma unroll 1
-  for (int i = cta.thread; i < count; i += kThreads) {
-    const uint2 pair = pairs[i];
-    spare[CountPair(cta, bins.Of(pair))] = pair;
-  }
-  SyncThreads();  // pairs in their bins, and the bins' ends, before their reads
-  const uint16_t* ends = reinterpret_cast<const uint16_t*>(cta.bins);
-#pragma unroll 1
-  for (int i = cta.thread; i < count; i += kThreads) {
-    const uint2 pair = spare[i];
-    const uint32_t bin = bins.Of(pair);
-    const uint32_t begin = bin == 0 ? 0 : ends[bin - 1];
-    const uint32_t end = ends[bin];
-    uint32_t rank = begin;
-#pragma unroll 1
-    for (uint32_t j = begin; j < end; ++j) rank += IsBetter(spare[j], pair);
-    store(static_cast<int>(rank), pair);
-  }
+  const SortSpace space(spare, count);
+  PlaceBins(cta, space);
+  PlacePairs(cta, pairs, count, binned, space);
+  return space.pairs;
 }
 
 }  // namespace jax_topk

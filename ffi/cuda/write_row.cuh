@@ -43,10 +43,6 @@ struct RowOutput {
       reinterpret_cast<uint16_t*>(values)[place] = static_cast<uint16_t>(bits);
     }
   }
-  __device__ __forceinline__ void Store(int32_t place, uint32_t key, int32_t position) const {
-    indices[place] = position;
-    if (values != nullptr) StoreBits(place, T::Bits(key, flip));
-  }
 };
 
 // Fills the places from `first` on: fewer than k valid elements.
@@ -303,34 +299,21 @@ struct StreamSource {
   }
 };
 
-// Where the selected elements of a sorted row are collected: in its first CTA.
+// The selected elements of a CTA on their way to the first CTA of a sorted row. There they are put
+// where they belong; elsewhere they are collected first, and sent by vectors.
 struct PairSink {
-  uint2* pairs;  // as uint64: ~key above position
-  uint32_t remote;
-  uint32_t remote_barrier;
-  bool is_remote;
+  uint32_t first;  // place in the row of this CTA's first selected element
+  uint32_t head;   // of those before it, how many are in its vector
+  uint2* pairs;    // as uint64: ~key above position
 
   PairSink() = default;
-  // `first`: the place in the row of this CTA's first selected element; `count`: of the row's.
-  __device__ __forceinline__ PairSink(const Cta& cta, uint32_t first, uint32_t count)
-      : pairs(reinterpret_cast<uint2*>(cta.own) + first),
-        remote(0),
-        remote_barrier(0),
-        is_remote(cta.num_active > 1) {
-    if (!is_remote) return;
-    if (cta.rank == 0 && cta.thread == 0) {
-      BarrierExpect(&cta.header->barriers[kWinnersBarrier], count * sizeof(uint2));
-    }
-    remote = RemoteAddress(pairs, 0);
-    remote_barrier = RemoteAddress(&cta.header->barriers[kWinnersBarrier], 0);
-  }
+  __device__ __forceinline__ PairSink(const Cta& cta, uint32_t first_place)
+      : first(first_place),
+        head(first_place % 2),
+        pairs(reinterpret_cast<uint2*>(cta.own) + head) {}
+
   __device__ __forceinline__ void Put(uint32_t place, uint32_t key, int32_t position) const {
-    const uint2 pair = make_uint2(static_cast<uint32_t>(position), ~key);
-    if (is_remote) {
-      SendAsync(remote + place * sizeof(uint2), pair, remote_barrier);
-    } else {
-      pairs[place] = pair;
-    }
+    pairs[place] = make_uint2(static_cast<uint32_t>(position), ~key);
   }
   // See StreamSource.
   __device__ __forceinline__ void PutEntries(uint32_t place, uint32_t selected,
@@ -346,6 +329,33 @@ struct PairSink {
       MoveUp(position);
     }
   }
+
+  // Sends this CTA's `count` pairs of the row's `of_row`. A barrier.
+  __device__ __forceinline__ void Send(const Cta& cta, uint32_t count, uint32_t of_row) const {
+    if (cta.num_active == 1) return;
+    MBarrier* barrier = &cta.header->barriers[kWinnersBarrier];
+    if (cta.rank == 0) {
+      if (cta.thread == 0) BarrierExpect(barrier, (of_row - count) * sizeof(uint2));
+      return;
+    }
+    SyncThreads();  // pairs before their reads
+    const uint32_t end = head + count;
+    const uint2* from = reinterpret_cast<const uint2*>(cta.own);
+    const uint32_t to = RemoteAddress(from + (first - head), 0);
+    const uint32_t remote_barrier = RemoteAddress(barrier, 0);
+#pragma unroll 1
+    for (uint32_t i = 2 * cta.thread; i < end; i += 2 * kThreads) {
+      const uint4 both = LoadShared(reinterpret_cast<const uint4*>(from + i));
+      const uint32_t remote = to + i * sizeof(uint2);
+      if (i >= head && i + 1 < end) {
+        SendAsync(remote, both, remote_barrier);
+      } else if (i >= head) {
+        SendAsync(remote, make_uint2(both.x, both.y), remote_barrier);
+      } else if (i + 1 < end) {
+        SendAsync(remote + sizeof(uint2), make_uint2(both.z, both.w), remote_barrier);
+      }
+    }
+  }
 };
 
 // Sorts the pairs of a row in its first CTA and writes them. In: pairs of this CTA, or on their way
@@ -355,10 +365,34 @@ __device__ __forceinline__ void SortAndStore(Cta& cta, int count, const RowOutpu
   uint2* pairs = reinterpret_cast<uint2*>(cta.own);
   if (cta.num_active > 1) BarrierWait(&cta.header->barriers[kWinnersBarrier], 0);
   SyncThreads();  // pairs before the sort; the last reads of what the sort overwrites
-  SortPairs<T>(cta, pairs, reinterpret_cast<uint2*>(cta.spare), count,
-               [&](int rank, const uint2& pair) {
-                 output.Store(rank, ~pair.y, static_cast<int32_t>(pair.x));
-               });
+  if (count == 0) return;
+  const uint2* sorted = SortPairs<T>(cta, pairs, cta.spare, count);
+  // Four per store where the row's output allows it.
+  const bool is_aligned = reinterpret_cast<uintptr_t>(output.indices) % sizeof(int4) == 0 &&
+                          reinterpret_cast<uintptr_t>(output.values) % (4 * T::kBytes) == 0;
+  const int num_quads = is_aligned ? count / 4 : 0;
+#pragma unroll 1
+  for (int quad = cta.thread; quad < num_quads; quad += kThreads) {
+    const uint4 first = LoadShared(reinterpret_cast<const uint4*>(sorted + 4 * quad));
+    const uint4 second = LoadShared(reinterpret_cast<const uint4*>(sorted + 4 * quad + 2));
+    reinterpret_cast<uint4*>(output.indices)[quad] =
+        make_uint4(first.x, first.z, second.x, second.z);
+    if (output.values == nullptr) continue;
+    const uint4 bits = make_uint4(T::Bits(~first.y, output.flip), T::Bits(~first.w, output.flip),
+                                  T::Bits(~second.y, output.flip), T::Bits(~second.w, output.flip));
+    if constexpr (T::kBytes == 4) {
+      reinterpret_cast<uint4*>(output.values)[quad] = bits;
+    } else {
+      reinterpret_cast<uint2*>(output.values)[quad] =
+          make_uint2(bits.x | bits.y << 16, bits.z | bits.w << 16);
+    }
+  }
+#pragma unroll 1
+  for (int place = 4 * num_quads + cta.thread; place < count; place += kThreads) {
+    const uint2 pair = sorted[place];
+    output.indices[place] = static_cast<int32_t>(pair.x);
+    if (output.values != nullptr) output.StoreBits(place, T::Bits(~pair.y, output.flip));
+  }
 }
 
 // Selected elements of a CTA on their way to the output.
@@ -450,13 +484,14 @@ __device__ __forceinline__ void WriteRow(Cta& cta, const TileSource<T>& source,
     StageAndStore(cta, source, place, output);
     return;
   }
-  const PairSink sink(cta, place.base, selection.count);
+  const PairSink sink(cta, place.base);
   uint32_t at = place.local;
 #pragma unroll 1
   for (uint32_t left = place.selected; left != 0; left &= left - 1) {
     const int i = __ffs(left) - 1;
     sink.Put(at++, source.Key(i), source.Position(i));
   }
+  sink.Send(cta, place.count, selection.count);
 }
 
 // The same for a streamed part.
@@ -466,7 +501,8 @@ __device__ __forceinline__ void WriteRow(Cta& cta, const StreamSource<T>& source
                                          const RowOutput<T>& output) {
   const uint32_t first = selection.Before();
   if (Unlikely(is_sorted)) {
-    source.VisitSelected(cta, selection, PairSink(cta, first, selection.count));
+    const PairSink sink(cta, first);
+    sink.Send(cta, source.VisitSelected(cta, selection, sink), selection.count);
     return;
   }
   const Staging staging(cta, output.k, output.values != nullptr);

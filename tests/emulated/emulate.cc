@@ -460,3 +460,27 @@ extern "C" int jax_topk_emulate(const void* operand, const int32_t* starts, cons
   std::snprintf(error, error_bytes, "%s", message.c_str());
   return message.empty() ? 0 : 1;
 }
+
+// The bins of `count` pairs in ascending position, with these keys, as SortPairs spreads them at
+// first (`attempt` 0) or once the pairs of the highest and the lowest key are apart (1, 2).
+extern "C" void jax_topk_pair_bins(int is_float32, const uint32_t* keys, int count, int attempt,
+                                   uint32_t* bins) {
+  using namespace jax_topk;
+  Bracket all{keys[0], keys[0]};
+  for (int i = 0; i < count; ++i) all = {min(all.lowest, keys[i]), max(all.highest, keys[i])};
+  Keys inner{{0xffffffffu, 0}, 0};
+  for (int i = 0; i < count; ++i) {
+    inner.differences |= keys[i] ^ keys[0];
+    if (attempt > 0 && (keys[i] == all.lowest || keys[i] == all.highest)) continue;
+    inner.range = {min(inner.range.lowest, keys[i]), max(inner.range.highest, keys[i])};
+  }
+  const auto fill = [&](auto type) {
+    const PairBins<decltype(type)> of(inner, count, attempt < 2, attempt > 0, all);
+    for (int i = 0; i < count; ++i) {
+      const auto number = static_cast<uint32_t>(i);
+      bins[i] = of.IsEven() ? of.template Of<Spread::kEven>(~keys[i], number)
+                            : of.template Of<Spread::kGeneral>(~keys[i], number);
+    }
+  };
+  is_float32 ? fill(Float32()) : fill(BFloat16());
+}

@@ -133,13 +133,12 @@ inline uint32_t AppendCarry(uint32_t bits, uint32_t a, uint32_t b) {
 }
 inline int UseHere(int index) { return index; }
 inline uint32_t CountCarry(uint32_t count, uint32_t a, uint32_t b) { return count + (a + b < a); }
-inline float FloatOfBits(uint32_t bits) {
-  float value;
-  std::memcpy(&value, &bits, sizeof(value));
-  return value;
-}
 inline uint32_t UpperProduct(uint32_t a, uint32_t b) {
   return static_cast<uint32_t>(uint64_t{a} * b >> 32);
+}
+inline uint32_t AddBytes(uint32_t sum, uint32_t bytes) {
+  for (; bytes != 0; bytes >>= 8) sum += bytes & 0xffu;
+  return sum;
 }
 inline float FastDivide(float a, float b) { return a / b; }
 inline float FastSquareRoot(float a) { return std::sqrt(a); }
@@ -192,6 +191,13 @@ inline uint32_t WarpMax(uint32_t value) {
   uint32_t highest = lanes[0];
   for (int i = 1; i < 32; ++i) highest = max(highest, lanes[i]);
   return highest;
+}
+
+inline uint32_t WarpOr(uint32_t value) {
+  const uint32_t* lanes = WarpExchange(value);
+  uint32_t bits = 0;
+  for (int i = 0; i < 32; ++i) bits |= lanes[i];
+  return bits;
 }
 
 }  // namespace jax_topk
