@@ -54,14 +54,34 @@ struct MaskBuilder {
   }
 };
 
+// All loads come before what depends on them.
+template <typename T, int kVectors>
+__device__ __forceinline__ void PrependVectors(const uint4* from, MaskBuilder<T>* builder) {
+  uint4 vectors[kVectors];
+#pragma unroll
+  for (int v = 0; v < kVectors; ++v) vectors[v] = LoadShared(from + v);
+#pragma unroll
+  for (int v = kVectors - 1; v >= 0; --v) builder->template Prepend<true>(vectors[v]);
+}
+
+// Of a run of at most `per_thread` vectors. A few more may be read.
 template <typename T>
-__device__ __forceinline__ RunMasks MakeMasks(const Run& run, const Bracket& bracket,
-                                              uint32_t flip) {
+__device__ __forceinline__ RunMasks MakeMasks(const Run& run, int32_t per_thread,
+                                              const Bracket& bracket, uint32_t flip) {
   MaskBuilder<T> builder(bracket, flip);
-  if (builder.HasOneMask()) {
+  if (!Unlikely(!builder.HasOneMask())) {
+    if (per_thread <= 2) {
 #pragma unroll 1
-    for (int32_t v = run.num_vectors - 1; v >= 0; --v) {
-      builder.template Prepend<true>(LoadShared(run.vectors + v));
+      for (int32_t v = run.num_vectors - 1; v >= 0; --v) {
+        builder.template Prepend<true>(LoadShared(run.vectors + v));
+      }
+    } else if (per_thread <= 3 || T::kMaxVectors == 3) {
+      PrependVectors<T, 3>(run.vectors, &builder);
+    } else if (per_thread <= 5) {
+      PrependVectors<T, 5>(run.vectors, &builder);
+    } else {
+      static_assert(T::kMaxVectors == 3 || T::kMaxVectors == 7, "the most that a run has");
+      PrependVectors<T, 7>(run.vectors, &builder);
     }
   } else {
 #pragma unroll 1
@@ -129,10 +149,11 @@ struct TileShare {
 
 // Separates the elements of such a tile and counts the CTA's. One barrier.
 template <typename T>
-__device__ __forceinline__ TileShare SeparateTile(Cta& cta, const Run& run, const Bracket& bracket,
-                                                  uint32_t flip, PartCounts* counts) {
+__device__ __forceinline__ TileShare SeparateTile(Cta& cta, const Run& run, int32_t per_thread,
+                                                  const Bracket& bracket, uint32_t flip,
+                                                  PartCounts* counts) {
   TileShare share;
-  share.masks = MakeMasks<T>(run, bracket, flip);
+  share.masks = MakeMasks<T>(run, per_thread, bracket, flip);
   // Both counts in one scan: a tile holds fewer than 2^16 elements.
   const Scan scan = BlockScan(cta, __popc(share.masks.certain) | __popc(share.masks.open) << 16);
   share.certain_before = scan.before & 0xffffu;

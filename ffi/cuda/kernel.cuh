@@ -172,7 +172,8 @@ __device__ __forceinline__ void SelectResidentRow(Cta& cta, const TopKArgs& args
   RowCounts row;
 #pragma unroll 1
   for (uint32_t attempt = 0;; ++attempt) {
-    source.share = SeparateTile<T>(cta, source.run, bracket, output.flip, &source.counts);
+    source.share =
+        SeparateTile<T>(cta, source.run, per_thread, bracket, output.flip, &source.counts);
     SendCounts(cta, source.counts, attempt);
     if (!bracket.IsSingleKey() && source.counts.open <= capacity) {
       CollectOpenKeys<T>(cta, source.run, source.share, source.counts.open, output.flip);
