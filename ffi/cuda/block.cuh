@@ -160,6 +160,16 @@ __device__ __forceinline__ Scan BlockScan(Cta& cta, uint32_t value) {
   return scan;
 }
 
+// The sum of `value` over the CTA. One barrier.
+__device__ __forceinline__ uint32_t BlockSum(Cta& cta, uint32_t value) {
+  uint32_t* totals = cta.header->warp_totals[cta.num_scans & 1];
+  cta.num_scans += 1;
+  const uint32_t of_own = WarpSum(value);
+  if (cta.lane == 0) totals[cta.warp] = of_own;
+  SyncThreads();  // warp totals before their reads
+  return WarpSum(cta.lane < kWarps ? totals[cta.lane] : 0);
+}
+
 // Clears the histogram. The caller puts a barrier between this and the first count.
 __device__ __forceinline__ void ClearBins(const Cta& cta) {
 #pragma unroll

@@ -4,8 +4,8 @@
 // open. Their counts are exact whatever the bracket. Here: a part that one tile holds; it stays in
 // shared memory and only its open keys are collected. Longer parts: stream_part.cuh.
 //
-// Order without sorting: thread t owns consecutive elements of the tile, so a block scan of the
-// counts gives every element its place. Cost: one pass, one block scan, one barrier.
+// Order without sorting: thread t owns consecutive elements of the tile, so that once the pivot is
+// known a block scan gives every selected element its place, see write_row.cuh.
 
 #ifndef JAX_TOPK_CUDA_FILTER_PART_CUH_
 #define JAX_TOPK_CUDA_FILTER_PART_CUH_
@@ -140,40 +140,25 @@ __device__ __forceinline__ uint32_t EqualTo(const Run& run, uint32_t bits) {
   return equal & run.valid;
 }
 
-// A thread's share of a tile that holds its CTA's whole part.
-struct TileShare {
-  RunMasks masks;
-  uint32_t certain_before;  // elements of this CTA before the thread's own
-  uint32_t open_before;
-};
-
-// Separates the elements of such a tile and counts the CTA's. One barrier.
-template <typename T>
-__device__ __forceinline__ TileShare SeparateTile(Cta& cta, const Run& run, int32_t per_thread,
-                                                  const Bracket& bracket, uint32_t flip,
-                                                  PartCounts* counts) {
-  TileShare share;
-  share.masks = MakeMasks<T>(run, per_thread, bracket, flip);
-  // Both counts in one scan: a tile holds fewer than 2^16 elements.
-  const Scan scan = BlockScan(cta, __popc(share.masks.certain) | __popc(share.masks.open) << 16);
-  share.certain_before = scan.before & 0xffffu;
-  share.open_before = scan.before >> 16;
-  *counts = PartCounts{scan.total & 0xffffu, scan.total >> 16};
-  return share;
+// Counts the elements of a tile that holds its CTA's whole part. One barrier.
+__device__ __forceinline__ PartCounts CountMasks(Cta& cta, const RunMasks& masks) {
+  // Both counts in one sum: a tile holds fewer than 2^16 elements.
+  const uint32_t total = BlockSum(cta, __popc(masks.certain) | __popc(masks.open) << 16);
+  return PartCounts{total & 0xffffu, total >> 16};
 }
 
-// Writes the thread's open keys to cta.own, which holds those of the CTA in ascending position, and
-// pads them. The ties of a bracket that is a single key are not needed. Ends without a barrier.
+// Writes the thread's open keys to cta.own, which holds those of the CTA in no order, and pads
+// them. The ties of a bracket that is a single key are not needed. In: header->num_own is zero,
+// ordered by a barrier. Ends without one.
 template <typename T>
-__device__ __forceinline__ void CollectOpenKeys(const Cta& cta, const Run& run,
-                                                const TileShare& share, uint32_t num_open,
-                                                uint32_t flip) {
+__device__ __forceinline__ void CollectOpenKeys(const Cta& cta, const Run& run, uint32_t open,
+                                                uint32_t num_open, uint32_t flip) {
   PadOpenKeys(cta, num_open, PadToVector(num_open));
-  uint32_t* place = reinterpret_cast<uint32_t*>(cta.own) + share.open_before;
+  if (open == 0) return;
+  uint32_t* place = reinterpret_cast<uint32_t*>(cta.own) +
+                    FetchAndAdd(&cta.header->num_own, static_cast<uint32_t>(__popc(open)));
 #pragma unroll 1
-  for (uint32_t open = share.masks.open; open != 0; open &= open - 1) {
-    *place++ = KeyInRun<T>(run, __ffs(open) - 1, flip);
-  }
+  for (; open != 0; open &= open - 1) *place++ = KeyInRun<T>(run, __ffs(open) - 1, flip);
 }
 
 // `bits` without its `count` highest set bits.

@@ -82,8 +82,10 @@ struct DirectPivot {
   uint32_t num_equal;  // keys equal to it
 };
 
-// Ranks at most kMaxDirect keys in shared memory, by four threads each: whole vectors, behind the
-// last key zeros, ordered by a barrier. In: the header's pivot is zero. One barrier.
+// Ranks `count` keys in shared memory, by four threads each: whole vectors, behind the last key
+// zeros, ordered by a barrier. `count` is at most kMost; if that is few, it is kMost: then nothing
+// waits for the number of turns. In: the header's pivot is zero. One barrier.
+template <int kMost>
 __device__ __forceinline__ DirectPivot RankDirectly(const Cta& cta, const uint32_t* keys,
                                                     uint32_t count, uint32_t rank) {
   static_assert(kThreadsPerCandidate == 4, "two steps sum the shares");
@@ -95,10 +97,18 @@ __device__ __forceinline__ DirectPivot RankDirectly(const Cta& cta, const uint32
     const uint32_t key = own < count ? keys[own] : 0;
     KeysAhead of_share;
     uint32_t num_seen = 0;
+    const auto* vectors = reinterpret_cast<const uint4*>(keys);
+    if constexpr (kMost == kMaxFinalists) {
+#pragma unroll
+      for (; num_seen < kMost / kThreadsPerCandidate; num_seen += 4) {
+        of_share.Count(LoadShared(vectors + share + num_seen), key);
+      }
+    } else {
 #pragma unroll 1
-    for (uint32_t vector = share; 4 * vector < count; vector += kThreadsPerCandidate) {
-      of_share.Count(LoadShared(reinterpret_cast<const uint4*>(keys) + vector), key);
-      num_seen += 4;
+      for (uint32_t vector = share; 4 * vector < count; vector += kThreadsPerCandidate) {
+        of_share.Count(LoadShared(vectors + vector), key);
+        num_seen += 4;
+      }
     }
     // Greater ones, and not smaller ones << 16.
     uint32_t ahead = of_share.greater | (key == 0 ? num_seen : of_share.reached) << 16;
@@ -117,10 +127,12 @@ __device__ __forceinline__ DirectPivot RankDirectly(const Cta& cta, const uint32
   return DirectPivot{cta.header->pivot_key, ties & 0xffffu, ties >> 16};
 }
 
-// Ranks the finalists; as RankDirectly.
+// Ranks the finalists; as RankDirectly, which takes the zeros behind them for keys: if these are
+// ties of the pivot, it counts too many ties, but not too many selected ones.
 __device__ __forceinline__ Pivot RankFinalists(const Cta& cta, uint32_t rank) {
   const SharedHeader* header = cta.header;
-  const DirectPivot pivot = RankDirectly(cta, header->finalists, header->num_finalists, rank);
+  const DirectPivot pivot =
+      RankDirectly<kMaxFinalists>(cta, header->finalists, kMaxFinalists, rank);
   // Behind the last finalist there are zeros.
   const int lane = UseHere(cta.lane);
   const uint32_t key = header->finalists[lane];
@@ -147,7 +159,8 @@ __device__ __forceinline__ Pivot FindPivot(Cta& cta, const Candidates& candidate
                                            uint32_t rank) {
   SharedHeader* header = cta.header;
   if (cta.num_active == 1 && candidates.count <= kMaxDirect) {
-    const DirectPivot pivot = RankDirectly(cta, candidates.keys, candidates.count, rank);
+    const DirectPivot pivot =
+        RankDirectly<kMaxDirect>(cta, candidates.keys, candidates.count, rank);
     return Pivot{pivot.key, pivot.num_ties, 0, 0};
   }
   uint32_t inside = candidates.count;

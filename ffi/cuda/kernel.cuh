@@ -172,16 +172,18 @@ __device__ __forceinline__ void SelectResidentRow(Cta& cta, const TopKArgs& args
   RowCounts row;
 #pragma unroll 1
   for (uint32_t attempt = 0;; ++attempt) {
-    source.share =
-        SeparateTile<T>(cta, source.run, per_thread, bracket, output.flip, &source.counts);
+    source.masks = MakeMasks<T>(source.run, per_thread, bracket, output.flip);
+    source.counts = CountMasks(cta, source.masks);
     SendCounts(cta, source.counts, attempt);
     if (!bracket.IsSingleKey() && source.counts.open <= capacity) {
-      CollectOpenKeys<T>(cta, source.run, source.share, source.counts.open, output.flip);
+      CollectOpenKeys<T>(cta, source.run, source.masks.open, source.counts.open, output.flip);
     }
     row = ReceiveCounts(cta, source.counts, attempt);
     // A narrowed bracket is right; if counts refute it all the same, the operand has changed
     // meanwhile.
     if (!Unlikely(!IsProved(bracket, row, k, capacity)) || attempt > 0) break;
+    SyncThreads();  // the open keys before they are begun anew
+    if (cta.thread == 0) cta.header->num_own = 0;
     bracket = NarrowBracket<T>(cta, window, part, output.flip, k, capacity - k,
                                LearnFromFailure<T>(bracket, row, k, window.length));
   }

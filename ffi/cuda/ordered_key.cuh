@@ -39,6 +39,11 @@ struct KeyOrder {
   __device__ __forceinline__ static uint32_t Bits(uint32_t key, uint32_t flip) {
     return (key & kSign ? key ^ kSign : key ^ kMaxKey) ^ flip;
   }
+  // The value whose key it is where the largest are wanted; of float32.
+  __device__ __forceinline__ static float OrderedValue(uint32_t key) {
+    static_assert(kBits == 32, "the bits of a float");
+    return FloatOfBits(Bits(key, 0));
+  }
   __device__ __forceinline__ static uint32_t Element(const uint4& vector, int i) {
     if constexpr (kBits == 32) {
       return i == 0 ? vector.x : i == 1 ? vector.y : i == 2 ? vector.z : vector.w;

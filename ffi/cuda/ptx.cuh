@@ -144,6 +144,8 @@ __device__ __forceinline__ void SetIfAtLeast(uint32_t* bits, uint32_t bit, int32
       : "r"(word), "r"(bound), "r"(bit));
 }
 
+__device__ __forceinline__ float FloatOfBits(uint32_t bits) { return __uint_as_float(bits); }
+
 // The upper word of a product.
 __device__ __forceinline__ uint32_t UpperProduct(uint32_t a, uint32_t b) { return __umulhi(a, b); }
 

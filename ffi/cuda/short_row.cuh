@@ -550,7 +550,8 @@ __device__ __forceinline__ ShortSelection<T, kTurns> SelectElements(
       }
     });
   } else {
-    const DirectPivot pivot = RankDirectly(cta, own, PadToVector(estimate.inside), rank);
+    const DirectPivot pivot =
+        RankDirectly<kMaxDirect>(cta, own, PadToVector(estimate.inside), rank);
     const bool drops_ties = pivot.num_equal > pivot.num_ties;
     if (Unlikely(drops_ties)) selection.num_ties = pivot.num_ties;
     VisitOpen(masks.open, [&](int word, uint32_t bit, int element) {

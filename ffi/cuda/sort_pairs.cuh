@@ -146,8 +146,9 @@ __device__ __forceinline__ Keys FindKeys(const Cta& cta, const uint2* pairs, int
   return Keys{{WarpMin(of_warp.x), WarpMax(of_warp.y)}, WarpOr(of_warp.z)};
 }
 
-// How pairs are spread over bins: evenly by key, or with the exceptions that PairBins names.
-enum class Spread { kEven, kGeneral };
+// How pairs are spread over bins: evenly by key, evenly by value, or by key with the exceptions
+// that PairBins names.
+enum class Spread { kByKey, kByValue, kGeneral };
 
 // The bin of a pair, 0 being that of the best.
 template <typename T>
@@ -162,6 +163,8 @@ struct PairBins {
   int32_t margin, nearest, top;
   bool has_extremes;  // pairs of these keys have bins of their own, by their numbers
   Bracket extremes;
+  bool is_by_value;
+  float highest, value_scale;
 
   // `keys`: of all pairs, or of those whose keys are not extremes.
   __device__ __forceinline__ PairBins(const Keys& keys, int count, bool may_have_margin,
@@ -170,7 +173,10 @@ struct PairBins {
         margin(0),
         nearest(0),
         has_extremes(are_extremes_apart),
-        extremes(outermost) {
+        extremes(outermost),
+        is_by_value(false),
+        highest(0),
+        value_scale(0) {
     // All keys are alike below this bit.
     const int step = __ffs(keys.differences) - 1;
     const uint32_t below_step = (1u << step) - 1;
@@ -203,16 +209,32 @@ struct PairBins {
           FastDivide(static_cast<float>(per_key) * (kLess * kWord), static_cast<float>(count));
       number_scale = static_cast<uint32_t>(min(per_number, kMostOfWord));
     }
+    if constexpr (T::kBits == 32) {
+      if (margin == 0 || has_extremes || per_key >= 2) return;
+      highest = T::OrderedValue(keys.range.highest);
+      const float width = highest - T::OrderedValue(keys.range.lowest);
+      value_scale = FastDivide(bins, width);
+      // Neither infinities nor NaNs, nor a quotient that is 0 or infinite.
+      constexpr float kMost = 0x1p120f;
+      is_by_value = width < kMost && value_scale < kMost && value_scale > 0.0f;
+    }
   }
-  __device__ __forceinline__ bool IsEven() const { return margin == 0 && !has_extremes; }
+  // The simplest way in which Of serves these pairs.
+  __device__ __forceinline__ Spread BestSpread() const {
+    if (margin == 0 && !has_extremes) return Spread::kByKey;
+    return is_by_value ? Spread::kByValue : Spread::kGeneral;
+  }
 
   // Of the pair of this number in ascending position. Every step is monotone: better pairs never
   // come to later bins.
   template <Spread kSpread>
   __device__ __forceinline__ uint32_t Of(uint32_t inverted_key, uint32_t number) const {
-    if constexpr (kSpread == Spread::kEven) {
+    if constexpr (kSpread == Spread::kByKey) {
       return UpperProduct((inverted_key - best) << shift, scale) +
              UpperProduct(number, number_scale);
+    }
+    if constexpr (kSpread == Spread::kByValue) {
+      return static_cast<uint32_t>((highest - T::OrderedValue(~inverted_key)) * value_scale);
     }
     const uint32_t key = ~inverted_key;
     const int32_t beyond = BeyondMargin(key);
@@ -361,11 +383,14 @@ __device__ __forceinline__ const uint2* SortPairs(Cta& cta, uint2* pairs, unsign
   if (all.range.IsSingleKey()) return pairs;  // ties: in ascending position already
   BinnedPairs binned;
   PairBins<T> bins(all, count, /*may_have_margin=*/true, /*are_extremes_apart=*/false, {});
-  bool fit;
-  if (bins.IsEven()) {
-    fit = CountPairs<T, Spread::kEven>(cta, pairs, count, bins, &binned);
-  } else {
+  bool fit = false;
+  const Spread spread = bins.BestSpread();
+  if (spread == Spread::kByKey) {
+    fit = CountPairs<T, Spread::kByKey>(cta, pairs, count, bins, &binned);
+  } else if (spread == Spread::kGeneral) {
     fit = CountPairs<T, Spread::kGeneral>(cta, pairs, count, bins, &binned);
+  } else if constexpr (T::kBits == 32) {
+    fit = CountPairs<T, Spread::kByValue>(cta, pairs, count, bins, &binned);
   }
 #pragma unroll 1
   for (bool may_have_margin = true; Unlikely(!fit); may_have_margin = false) {

@@ -134,45 +134,25 @@ struct Place {
 template <typename T>
 struct TileSource {
   Run run;
-  TileShare share;
+  RunMasks masks;
   PartCounts counts;  // of the CTA
   uint32_t flip;
 
   __device__ __forceinline__ int32_t Position(int i) const { return run.position + i; }
   __device__ __forceinline__ uint32_t Key(int i) const { return KeyInRun<T>(run, i, flip); }
 
-  // Where the selected elements go. At most one barrier, behind which the open keys are no longer
-  // needed.
+  // Where the selected elements go: open elements are compared with the pivot, and one scan of both
+  // counts tells their places. One barrier, behind which the open keys are no longer needed.
   __device__ __forceinline__ Place FindPlaces(Cta& cta, const Selection& selection) const {
-    return selection.is_only_key ? PlaceOnlyKey(selection) : PlaceByKeys(cta, selection);
-  }
-
- private:
-  __device__ __forceinline__ Place PlaceOnlyKey(const Selection& selection) const {
-    const uint32_t ties_left = selection.TiesLeft();
-    const uint32_t ties_before = min(share.open_before, ties_left);
-    const uint32_t num_ties = __popc(share.masks.open);
-    Place place;
-    place.selected = share.masks.certain | share.masks.open;
-    if (Unlikely(ties_before + num_ties > ties_left)) {
-      place.selected =
-          share.masks.certain | DropLastBits(share.masks.open, ties_before + num_ties - ties_left);
-    }
-    place.local = share.certain_before + ties_before;
-    place.count = counts.certain + min(counts.open, ties_left);
-    place.base = selection.Before();
-    return place;
-  }
-
-  // Open elements are compared with the pivot; one scan of both counts tells their places.
-  __device__ __forceinline__ Place PlaceByKeys(Cta& cta, const Selection& selection) const {
-    uint32_t greater = 0, equal = 0;
+    uint32_t greater = masks.certain;
+    uint32_t equal = selection.is_only_key ? masks.open : 0;
+    const KeyTest<T> test(selection.pivot, flip);
 #pragma unroll 1
-    for (uint32_t open = share.masks.open; open != 0; open &= open - 1) {
-      const uint32_t key = Key(__ffs(open) - 1);
+    for (uint32_t open = masks.open & ~equal; open != 0; open &= open - 1) {
+      const uint32_t word = BitsInRun<T>(run, __ffs(open) - 1) ^ test.mask;
       const uint32_t bit = open & (0 - open);
-      if (key > selection.pivot) greater |= bit;
-      if (key == selection.pivot) equal |= bit;
+      if (word > test.key) greater |= bit;
+      if (word == test.key) equal |= bit;
     }
     const uint32_t num_equal = __popc(equal);
     const Scan scan = BlockScan(cta, __popc(greater) | num_equal << 16);
@@ -182,9 +162,9 @@ struct TileSource {
       equal = DropLastBits(equal, equal_before + num_equal - ties_left);
     }
     Place place;
-    place.selected = share.masks.certain | greater | equal;
-    place.local = share.certain_before + (scan.before & 0xffffu) + min(equal_before, ties_left);
-    place.count = counts.certain + (scan.total & 0xffffu) + min(scan.total >> 16, ties_left);
+    place.selected = greater | equal;
+    place.local = (scan.before & 0xffffu) + min(equal_before, ties_left);
+    place.count = (scan.total & 0xffffu) + min(scan.total >> 16, ties_left);
     place.base = selection.Before();
     return place;
   }

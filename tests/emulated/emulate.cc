@@ -478,8 +478,13 @@ extern "C" void jax_topk_pair_bins(int is_float32, const uint32_t* keys, int cou
     const PairBins<decltype(type)> of(inner, count, attempt < 2, attempt > 0, all);
     for (int i = 0; i < count; ++i) {
       const auto number = static_cast<uint32_t>(i);
-      bins[i] = of.IsEven() ? of.template Of<Spread::kEven>(~keys[i], number)
-                            : of.template Of<Spread::kGeneral>(~keys[i], number);
+      if (of.BestSpread() == Spread::kByKey) {
+        bins[i] = of.template Of<Spread::kByKey>(~keys[i], number);
+      } else if (of.BestSpread() == Spread::kGeneral) {
+        bins[i] = of.template Of<Spread::kGeneral>(~keys[i], number);
+      } else if constexpr (decltype(type)::kBits == 32) {
+        bins[i] = of.template Of<Spread::kByValue>(~keys[i], number);
+      }
     }
   };
   is_float32 ? fill(Float32()) : fill(BFloat16());

@@ -133,6 +133,11 @@ inline uint32_t AppendCarry(uint32_t bits, uint32_t a, uint32_t b) {
 }
 inline int UseHere(int index) { return index; }
 inline uint32_t CountCarry(uint32_t count, uint32_t a, uint32_t b) { return count + (a + b < a); }
+inline float FloatOfBits(uint32_t bits) {
+  float value;
+  std::memcpy(&value, &bits, sizeof(value));
+  return value;
+}
 inline uint32_t UpperProduct(uint32_t a, uint32_t b) {
   return static_cast<uint32_t>(uint64_t{a} * b >> 32);
 }
