@@ -131,8 +131,15 @@ __device__ __forceinline__ uint32_t WarpInclusiveSum(int lane, uint32_t value) {
 }
 
 // A CTA's own open keys fill whole vectors: behind them come zeros, the lowest key there is, up to
-// `num_padded`.
+// `num_padded`. Few enough to be ranked directly, they fill one chunk or two.
 __device__ __forceinline__ uint32_t PadToVector(uint32_t count) { return (count + 3) & ~3u; }
+constexpr uint32_t kDirectChunk = kMaxDirect / 2;
+__device__ __forceinline__ uint32_t PadToChunk(uint32_t count) {
+  return count <= kDirectChunk ? kDirectChunk : kMaxDirect;
+}
+__device__ __forceinline__ uint32_t PadOwn(uint32_t count) {
+  return count <= kMaxDirect ? PadToChunk(count) : PadToVector(count);
+}
 __device__ __forceinline__ void PadOpenKeys(const Cta& cta, uint32_t num_open,
                                             uint32_t num_padded) {
   const uint32_t place = num_open + static_cast<uint32_t>(cta.thread);

@@ -73,8 +73,6 @@ struct KeysAhead {
   }
 };
 
-static_assert(kMaxFinalists <= kMaxDirect, "finalists are ranked directly");
-
 // The key of a rank among few.
 struct DirectPivot {
   uint32_t key;
@@ -82,41 +80,42 @@ struct DirectPivot {
   uint32_t num_equal;  // keys equal to it
 };
 
-// Ranks `count` keys in shared memory, by four threads each: whole vectors, behind the last key
-// zeros, ordered by a barrier. `count` is at most kMost; if that is few, it is kMost: then nothing
-// waits for the number of turns. In: the header's pivot is zero. One barrier.
-template <int kMost>
+// Ranks `count` <= kMaxDirect keys in shared memory, by four threads each: whole chunks of kChunk,
+// ordered by a barrier. Zeros behind the last key are taken for keys: if these are ties of the
+// pivot, too many ties are counted, but not too many selected ones. In: the header's pivot is zero.
+// One barrier.
+template <uint32_t kChunk>
 __device__ __forceinline__ DirectPivot RankDirectly(const Cta& cta, const uint32_t* keys,
                                                     uint32_t count, uint32_t rank) {
   static_assert(kThreadsPerCandidate == 4, "two steps sum the shares");
   constexpr uint32_t kPerWarp = 32 / kThreadsPerCandidate;
+  constexpr uint32_t kVectors = kChunk / 4 / kThreadsPerCandidate;  // of a chunk, per thread
+  static_assert(kVectors * 4 * kThreadsPerCandidate == kChunk, "whole vectors for each thread");
   const uint32_t thread = static_cast<uint32_t>(UseHere(cta.thread));
   if (thread / 32 * kPerWarp < count) {  // the whole warp
     const uint32_t own = thread / kThreadsPerCandidate;
     const uint32_t share = thread % kThreadsPerCandidate;
-    const uint32_t key = own < count ? keys[own] : 0;
+    const uint32_t key = keys[own];
     KeysAhead of_share;
-    uint32_t num_seen = 0;
-    const auto* vectors = reinterpret_cast<const uint4*>(keys);
-    if constexpr (kMost == kMaxFinalists) {
-#pragma unroll
-      for (; num_seen < kMost / kThreadsPerCandidate; num_seen += 4) {
-        of_share.Count(LoadShared(vectors + share + num_seen), key);
-      }
-    } else {
 #pragma unroll 1
-      for (uint32_t vector = share; 4 * vector < count; vector += kThreadsPerCandidate) {
-        of_share.Count(LoadShared(vectors + vector), key);
-        num_seen += 4;
+    for (uint32_t first = 0; first < count; first += kChunk) {
+      const auto* vectors = reinterpret_cast<const uint4*>(keys + first) + share;
+      uint4 others[kVectors];
+#pragma unroll
+      for (uint32_t i = 0; i < kVectors; ++i) {
+        others[i] = LoadShared(vectors + i * kThreadsPerCandidate);
       }
+#pragma unroll
+      for (uint32_t i = 0; i < kVectors; ++i) of_share.Count(others[i], key);
     }
+    if (key == 0) of_share.reached = count / kThreadsPerCandidate;
     // Greater ones, and not smaller ones << 16.
-    uint32_t ahead = of_share.greater | (key == 0 ? num_seen : of_share.reached) << 16;
+    uint32_t ahead = of_share.greater | of_share.reached << 16;
     ahead += WarpShiftUp(ahead, 1);
     ahead += WarpShiftUp(ahead, 2);
     const uint32_t greater = ahead & 0xffffu;
     const bool has_sum = share == kThreadsPerCandidate - 1;
-    if (has_sum && own < count && greater < rank && rank <= ahead >> 16) {
+    if (has_sum && greater < rank && rank <= ahead >> 16) {
       // Several if the pivot has ties, all with the same news.
       RaiseTo(&cta.header->pivot_key, key);
       RaiseTo(&cta.header->pivot_ties, (rank - greater) | ((ahead >> 16) - greater) << 16);
@@ -127,8 +126,7 @@ __device__ __forceinline__ DirectPivot RankDirectly(const Cta& cta, const uint32
   return DirectPivot{cta.header->pivot_key, ties & 0xffffu, ties >> 16};
 }
 
-// Ranks the finalists; as RankDirectly, which takes the zeros behind them for keys: if these are
-// ties of the pivot, it counts too many ties, but not too many selected ones.
+// Ranks the finalists; as RankDirectly.
 __device__ __forceinline__ Pivot RankFinalists(const Cta& cta, uint32_t rank) {
   const SharedHeader* header = cta.header;
   const DirectPivot pivot =
@@ -160,7 +158,7 @@ __device__ __forceinline__ Pivot FindPivot(Cta& cta, const Candidates& candidate
   SharedHeader* header = cta.header;
   if (cta.num_active == 1 && candidates.count <= kMaxDirect) {
     const DirectPivot pivot =
-        RankDirectly<kMaxDirect>(cta, candidates.keys, candidates.count, rank);
+        RankDirectly<kDirectChunk>(cta, candidates.keys, PadToChunk(candidates.count), rank);
     return Pivot{pivot.key, pivot.num_ties, 0, 0};
   }
   uint32_t inside = candidates.count;

@@ -236,7 +236,7 @@ __device__ __forceinline__ void SelectStreamedRow(Cta& cta, const TopKArgs& args
   SyncThreads();  // the order of the chunks before its reads
   if (!source.bracket.IsSingleKey()) {
     CopyOpenKeys(cta, source.pool, source.bracket.highest);
-    PadOpenKeys(cta, source.counts.open, PadToVector(source.counts.open));
+    PadOpenKeys(cta, source.counts.open, PadOwn(source.counts.open));
     SyncThreads();  // own open keys before their reads
   }
   FinishRow<T>(cta, args, source, source.bracket, source.counts, row, output);

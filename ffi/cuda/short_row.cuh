@@ -533,7 +533,7 @@ __device__ __forceinline__ ShortSelection<T, kTurns> SelectElements(
   uint32_t* own = reinterpret_cast<uint32_t*>(cta.own);
   const bool is_by_owner = estimate.inside <= kMaxByOwner;
   PadOpenKeys(cta, estimate.inside,
-              is_by_owner ? uint32_t{kMaxByOwner} : PadToVector(estimate.inside));
+              is_by_owner ? uint32_t{kMaxByOwner} : PadToChunk(estimate.inside));
   uint32_t* positions = own + kMaxByOwner;
   VisitOpen(masks.open, [&](int, uint32_t, int element) {
     const uint32_t place = FetchAndAdd(&cta.header->num_own, 1u);
@@ -551,7 +551,7 @@ __device__ __forceinline__ ShortSelection<T, kTurns> SelectElements(
     });
   } else {
     const DirectPivot pivot =
-        RankDirectly<kMaxDirect>(cta, own, PadToVector(estimate.inside), rank);
+        RankDirectly<kDirectChunk>(cta, own, PadToChunk(estimate.inside), rank);
     const bool drops_ties = pivot.num_equal > pivot.num_ties;
     if (Unlikely(drops_ties)) selection.num_ties = pivot.num_ties;
     VisitOpen(masks.open, [&](int word, uint32_t bit, int element) {
