@@ -445,7 +445,7 @@ def test_large_values_in_few_ctas(library, plan, schedule):
 
 @pytest.mark.parametrize("k", [700, 2304, 2305, 4096])
 def test_sorted_rows_with_many_ties(library, k):
-    """Ties of the lowest selected key are set apart; others are left to the bitonic sort."""
+    """Ties of the highest and the lowest key have bins of their own, others a bitonic sort."""
     rng = np.random.default_rng(k)
     width = 2 * k + 100
     for share in (0.1, 0.5, 0.9, 1.0):
@@ -459,6 +459,22 @@ def test_sorted_rows_with_many_ties(library, k):
     crowd = rng.random((1, width))
     crowd[0, rng.permutation(width)[: k - k // 20]] = 1.5
     check(library, crowd.astype(np.float32), k, is_sorted=True, plan="path=sample,cluster=2")
+
+
+@pytest.mark.parametrize("schedule", emulation.SCHEDULES)
+@pytest.mark.parametrize("most", [3, 4, 5, 15, 16, 17])
+def test_sorted_rows_with_crowded_bins(library, most, schedule):
+    """Groups of neighbouring keys that share a bin: it holds fifteen, four are sorted at once."""
+    rng = np.random.default_rng(most)
+    for k, plan in ((90, ""), (700, "path=sample,cluster=2"), (2400, "path=short")):
+        sizes = np.minimum(rng.geometric(0.4, size=k), most)
+        sizes[rng.integers(0, k // most, size=5)] = most
+        group = np.repeat(np.arange(k), sizes)[:k]
+        place = np.concatenate([np.arange(size) for size in sizes])[:k]
+        bits = np.uint32(0x3F800000) + (group << 14 | place).astype(np.uint32)
+        x = -np.ones((1, 2 * k + 900), np.float32)
+        x[0, rng.permutation(x.shape[1])[:k]] = rng.permutation(bits).view(np.float32)
+        check(library, x, k, plan=plan, is_sorted=True, schedule=schedule, seed=most)
 
 
 def test_plateau_in_a_list_without_room_for_k_ties(library):

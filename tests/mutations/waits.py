@@ -33,7 +33,6 @@ _TESTS = (
 REDUNDANT: dict[str, str] = {
     "the lists' last reads before they are begun anew": "what a late warp reads of the old lists is"
     " not used, and it meets the others at the barrier behind the reset",
-    "the other pairs before their reads": "the bins that are counted next begin with a barrier",
     "the last search before its bins are cleared": "only the first warp reads them, before the"
     " barrier at which it says what it found",
     "the cleared histogram before the guess": "CTAs that share a row have met at the cluster's"
