@@ -1,12 +1,13 @@
 // Sorted output: a row's selected elements, best first, by one CTA.
 //
 // Counts the pairs by 16384 bins of four bits, places every pair in its bin by an exclusive scan,
-// and sorts the few bins that hold several, a thread each. Bins are even in key, but for keys
-// around zero if those span too many octaves. Where there are bins between two keys (keys of 16
-// bits, also as float32, or small integers), they divide equal ones by their numbers. If a bin
-// overflows all the same, the pairs of the highest and the lowest key, which need no comparing, get
-// bins of their own (infinities, or a plateau that k cuts), the others are spread anew, and if that
-// does not help, a bitonic sort takes over, with log2(k)^2 / 2 steps of one barrier each.
+// and sorts the few bins that hold several, a thread each. Bins are even in key; if keys span too
+// many octaves, around zero most of all, even in value, or in key without the octaves around zero.
+// Where there are bins between two keys (keys of 16 bits, also as float32, or small integers), they
+// divide equal ones by their numbers. If a bin overflows all the same, the pairs of the highest and
+// the lowest key, which need no comparing, get bins of their own (infinities, or a plateau that k
+// cuts), the others are spread anew, and if that does not help, a bitonic sort takes over, with
+// log2(k)^2 / 2 steps of one barrier each.
 
 #ifndef JAX_TOPK_CUDA_SORT_PAIRS_CUH_
 #define JAX_TOPK_CUDA_SORT_PAIRS_CUH_
