@@ -88,6 +88,16 @@ def test_parts_at_the_border_between_resident_and_streamed(library, elements):
     check(library, x, 700, plan="cluster=1", is_sorted=True)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: np.dtype(dtype).name)
+def test_parts_of_every_number_of_vectors_per_thread(library, dtype):
+    """Runs of few vectors are filtered by a loop, longer ones by code for as many, or for more."""
+    rng = np.random.default_rng(12)
+    per_turn = 384 * 16 // np.dtype(dtype).itemsize
+    for turns in range(1, 8 if dtype is np.float32 else 4):
+        x = inputs.cast(rng.normal(size=(1, 2 * turns * per_turn - 37)), dtype)
+        check(library, x, 1000, plan="path=sample,cluster=2")
+
+
 @pytest.mark.parametrize("offset", [1, 2, 3, 5])
 @pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: np.dtype(dtype).name)
 def test_rows_off_vector_boundaries(library, dtype, offset):
@@ -459,6 +469,16 @@ def test_sorted_rows_with_many_ties(library, k):
     crowd = rng.random((1, width))
     crowd[0, rng.permutation(width)[: k - k // 20]] = 1.5
     check(library, crowd.astype(np.float32), k, is_sorted=True, plan="path=sample,cluster=2")
+
+
+@pytest.mark.parametrize("cluster", [2, 3, 5, 8])
+def test_sorted_rows_of_one_winner_per_cta(library, cluster):
+    """Pairs are sent by vectors of two: here halves of them, at even places and at odd ones."""
+    rng = np.random.default_rng(cluster)
+    x = rng.normal(size=(1, cluster * 1000)).astype(np.float32)
+    x[0, 500::1000] = rng.permutation(cluster) + 10
+    for k in (cluster, cluster + 1):
+        check(library, x, k, plan=f"path=sample,part=100,cluster={cluster}", is_sorted=True)
 
 
 @pytest.mark.parametrize("schedule", emulation.SCHEDULES)

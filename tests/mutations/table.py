@@ -531,7 +531,7 @@ KERNEL = (
         "} else if (i + 1 < end) {",
         "} else if (i + 2 < end) {",
         "A CTA that has one pair for the second half of a vector does not send it.",
-        _emulated(SCHEDULES, FEW_CTAS),
+        _emulated("test_sorted_rows_of_one_winner_per_cta"),
     ),
     Mutant(
         "open_keys_behind_those_of_the_first_attempt",
@@ -549,7 +549,7 @@ KERNEL = (
         "} else if (per_thread <= 5) {",
         "} else if (per_thread <= 6) {",
         "Runs of six vectors are filtered by code for five.",
-        _emulated(BOUNDARIES, "test_parts_at_the_border_between_resident_and_streamed"),
+        _emulated("test_parts_of_every_number_of_vectors_per_thread"),
     ),
     Mutant(
         "padding_of_candidates_sent_as_it_is",

@@ -27,6 +27,7 @@ _TESTS = (
     "test_large_values_in_few_ctas",
     "test_winners_may_arrive_while_the_first_cta_sends_its_open_keys",
     "test_sorted_rows_with_many_ties",
+    "test_sorted_rows_with_crowded_bins",
 )
 
 # Part of a wait's line or of its comment -> why nothing can go wrong without it.
