@@ -35,9 +35,8 @@ inline constexpr int kBinThreads = kBins / kBinsPerThread;
 // The largest k that the kernel serves. Bounded by the shared memory of the list.
 inline constexpr int kMaxK = 4096;
 
-// Vectors that one thread owns in a streamed tile, and at most in a tile that holds a whole part.
-// Odd, so that eight neighbouring threads that read their own vectors touch all 32 banks once; at
-// most 32 elements, one bit each.
+// Vectors that one thread owns in a streamed tile. Odd, so that eight neighbouring threads that
+// read their own vectors touch all 32 banks once; at most 32 elements, one bit each.
 inline constexpr int kMaxVectors = 7;
 inline constexpr int64_t kMaxTileBytes = int64_t{kThreads} * kMaxVectors * kVectorBytes;
 

@@ -93,9 +93,11 @@ def test_parts_of_every_number_of_vectors_per_thread(library, dtype):
     """Runs of few vectors are filtered by a loop, longer ones by code for as many, or for more."""
     rng = np.random.default_rng(12)
     per_turn = 384 * 16 // np.dtype(dtype).itemsize
-    for turns in range(1, 8 if dtype is np.float32 else 4):
+    for turns in range(1, 10 if dtype is np.float32 else 6):  # the last is streamed
         x = inputs.cast(rng.normal(size=(1, 2 * turns * per_turn - 37)), dtype)
-        check(library, x, 1000, plan="path=sample,cluster=2")
+        for plan in ("path=sample,cluster=2", "path=sample,cluster=2,stages=1"):
+            check(library, x, 1000, plan=plan)
+        check(library, x[:, 1:], 1000, plan="path=exact,cluster=2")
 
 
 @pytest.mark.parametrize("offset", [1, 2, 3, 5])
@@ -468,7 +470,8 @@ def test_sorted_rows_with_many_ties(library, k):
     # More than half of a power of two, and hardly a tie among the lowest: all goes to that sort.
     crowd = rng.random((1, width))
     crowd[0, rng.permutation(width)[: k - k // 20]] = 1.5
-    check(library, crowd.astype(np.float32), k, is_sorted=True, plan="path=sample,cluster=2")
+    for plan in ("path=sample,cluster=2", "path=short,cluster=1,candidates=4"):
+        check(library, crowd.astype(np.float32), k, is_sorted=True, plan=plan)
 
 
 @pytest.mark.parametrize("cluster", [2, 3, 5, 8])

@@ -54,6 +54,10 @@ struct MaskBuilder {
   }
 };
 
+// The most vectors of a thread whose elements have one bit each.
+template <typename T>
+constexpr int kMaxRunVectors = 32 / T::kPerVector;
+
 // All loads come before what depends on them.
 template <typename T, int kVectors>
 __device__ __forceinline__ void PrependVectors(const uint4* from, MaskBuilder<T>* builder) {
@@ -75,13 +79,14 @@ __device__ __forceinline__ RunMasks MakeMasks(const Run& run, int32_t per_thread
       for (int32_t v = run.num_vectors - 1; v >= 0; --v) {
         builder.template Prepend<true>(LoadShared(run.vectors + v));
       }
-    } else if (per_thread <= 3 || T::kMaxVectors == 3) {
+    } else if (per_thread <= 3) {
       PrependVectors<T, 3>(run.vectors, &builder);
-    } else if (per_thread <= 5) {
+    } else if (per_thread <= 5 && kMaxRunVectors<T> > 5) {
       PrependVectors<T, 5>(run.vectors, &builder);
-    } else {
-      static_assert(T::kMaxVectors == 3 || T::kMaxVectors == 7, "the most that a run has");
+    } else if (per_thread <= 7 && kMaxRunVectors<T> > 7) {
       PrependVectors<T, 7>(run.vectors, &builder);
+    } else {
+      PrependVectors<T, kMaxRunVectors<T>>(run.vectors, &builder);
     }
   } else {
 #pragma unroll 1

@@ -115,11 +115,11 @@ __device__ __forceinline__ void FinishRow(Cta& cta, const TopKArgs& args, Source
   WriteRow<T>(cta, source, selection, args.is_sorted, output);
 }
 
-// Vectors per thread of a tile of `num_vectors`: odd where it matters, so that threads that read
-// their own vectors side by side do not all meet in the same banks.
+// Vectors per thread of a tile of `num_vectors`: odd where it matters, see PlaceInTile.
+template <typename T>
 __device__ __forceinline__ int32_t VectorsPerThread(int32_t num_vectors) {
   const int32_t each = (num_vectors + kThreads - 1) / kThreads;
-  return each == 4 ? 5 : each;
+  return each == 4 && kMaxRunVectors<T> > 4 ? 5 : each;
 }
 
 // The bracket of a long row, before any exact count. The exact path begins with one that counts
@@ -156,10 +156,11 @@ __device__ __forceinline__ void SelectResidentRow(Cta& cta, const TopKArgs& args
                                                   const RowWindow& window, const Part& part,
                                                   int32_t per_thread, const RowOutput<T>& output) {
   Sample<T> sample(cta.thread, window);
-  CopyTile<T>(cta, window, part.first, part.last, cta.tiles);
+  CopyTile<T>(cta, window, part.first, part.last, per_thread == kMaxRunVectors<T>, cta.tiles);
   CopyAsyncCommit();
   PlaceCandidates(cta, args, /*has_list=*/false);
-  TileSource<T> source{MakeRun<T>(cta.thread, window, part.first, part.last, per_thread, cta.tiles),
+  TileSource<T> source{MakeRun<T>(cta.thread, window, part.first, part.last, per_thread,
+                                  per_thread == kMaxRunVectors<T>, cta.tiles),
                        {},
                        {},
                        output.flip};
@@ -254,7 +255,6 @@ __device__ __forceinline__ int32_t VectorsPerCta(const TopKArgs& args, int32_t n
 template <typename T>
 __device__ __forceinline__ bool SelectWindow(Cta& cta, const TopKArgs& args,
                                              const RowWindow& window, const RowOutput<T>& output) {
-  constexpr int32_t kTileVectors = kThreads * T::kMaxVectors;
   const bool is_forced_short =
       args.path == static_cast<int>(Path::kShort) || window.length <= args.k;
   const int32_t short_vectors = kThreads * (args.uses_large_tile ? kLargeTurns<T> : kMostTurns<T>);
@@ -283,8 +283,12 @@ __device__ __forceinline__ bool SelectWindow(Cta& cta, const TopKArgs& args,
   Part part;
   part.first = each * cta.rank;
   part.last = min(part.first + each, window.num_vectors);
-  if (each <= kTileVectors) {
-    SelectResidentRow<T>(cta, args, window, part, VectorsPerThread(each), output);
+  // As many as have a bit each, where two streamed tiles have room, or else as many as one has.
+  constexpr int64_t kSpacedBytes = int64_t{kThreads} * kMaxRunVectors<T> * kVectorBytes * 9 / 8;
+  static_assert(kSpacedBytes <= 2 * kMaxTileBytes, "where two tiles have room");
+  if (each <= kThreads * T::kMaxVectors ||
+      (args.num_stages > 1 && each <= kThreads * kMaxRunVectors<T>)) {
+    SelectResidentRow<T>(cta, args, window, part, VectorsPerThread<T>(each), output);
   } else {
     SelectStreamedRow<T>(cta, args, window, part, output);
   }

@@ -84,28 +84,37 @@ struct Part {
 };
 
 // Copies vectors first, first + stride, ... < last of a row that leaves the operand to shared
-// memory, in the same distance.
+// memory, at a distance of `to_stride` vectors.
 template <typename T>
 __device__ __noinline__ void CopyAtEdge(const RowWindow window, int32_t first, int32_t last,
-                                        int32_t stride, unsigned char* to) {
-  for (int32_t i = first; i < last; i += stride, to += stride * kVectorBytes) {
+                                        int32_t stride, unsigned char* to, int32_t to_stride) {
+  for (int32_t i = first; i < last; i += stride, to += to_stride * kVectorBytes) {
     *reinterpret_cast<uint4*>(to) = LoadVectorAtEdge<T>(window, i);
   }
+}
+
+// Where vector `index` lies in a tile. Eight neighbouring threads that read their own vectors touch
+// all banks once if they own an odd number each; if they own 4 or 8, every ninth place is left out.
+__device__ __forceinline__ int32_t PlaceInTile(int32_t index, bool is_spaced) {
+  return Unlikely(is_spaced) ? index + (index >> 3) : index;
 }
 
 // Starts copying the vectors [first, last) into a tile in shared memory. In the tile, each thread
 // owns as many consecutive vectors as the caller makes runs of.
 template <typename T>
 __device__ __forceinline__ void CopyTile(const Cta& cta, const RowWindow& window, int32_t first,
-                                         int32_t last, unsigned char* tile) {
+                                         int32_t last, bool is_spaced, unsigned char* tile) {
+  static_assert(kThreads % 8 == 0, "turns are as far apart as a turn's places");
+  unsigned char* to = tile + PlaceInTile(cta.thread, is_spaced) * kVectorBytes;
+  const int32_t stride = PlaceInTile(kThreads, is_spaced);
   if (Unlikely(window.leaves_operand)) {
-    CopyAtEdge<T>(window, first + cta.thread, last, kThreads, tile + cta.thread * kVectorBytes);
+    CopyAtEdge<T>(window, first + cta.thread, last, kThreads, to, stride);
     return;
   }
   const unsigned char* from = window.vectors + int64_t{first} * kVectorBytes;
 #pragma unroll 1
-  for (int32_t slot = cta.thread; slot < last - first; slot += kThreads) {
-    CopyAsync16(tile + slot * kVectorBytes, from + int64_t{slot} * kVectorBytes);
+  for (int32_t i = cta.thread; i < last - first; i += kThreads, to += stride * kVectorBytes) {
+    CopyAsync16(to, from + int64_t{i} * kVectorBytes);
   }
 }
 
@@ -142,11 +151,11 @@ struct Run {
 // them.
 template <typename T>
 __device__ __forceinline__ Run MakeRun(int turn, const RowWindow& window, int32_t first,
-                                       int32_t last, int32_t per_thread,
+                                       int32_t last, int32_t per_thread, bool is_spaced,
                                        const unsigned char* tile) {
   const int32_t slot = turn * per_thread;
   Run run;
-  run.vectors = reinterpret_cast<const uint4*>(tile) + slot;
+  run.vectors = reinterpret_cast<const uint4*>(tile) + PlaceInTile(slot, is_spaced);
   run.num_vectors = min(per_thread, last - first - slot);
   // Unsigned: near a width of 2^31 a position behind the last element does not fit an int32.
   const uint32_t position = static_cast<uint32_t>(first + slot) * T::kPerVector - window.skew;

@@ -84,7 +84,7 @@ struct ShortTile {
         flip(sign_flip) {
     if (Unlikely(window.leaves_operand)) {
       CopyAtEdge<T>(window, cta.thread, window.num_vectors, kThreads,
-                    cta.tiles + cta.thread * kVectorBytes);
+                    cta.tiles + cta.thread * kVectorBytes, kThreads);
 #pragma unroll
       for (int turn = 0; turn < kHeldTurns; ++turn) {
         vectors[turn] = LoadShared(slots + turn * kThreads);

@@ -91,7 +91,7 @@ __device__ __forceinline__ void StartTile(const Cta& cta, const RowWindow& windo
     unsigned char* to = WarpTile<T>(cta, slot) + cta.lane * kVectorBytes;
     if (Unlikely(window.leaves_operand)) {
       CopyAtEdge<T>(window, static_cast<int32_t>(first) + cta.lane,
-                    static_cast<int32_t>(first) + min(count, kWarpTile<T>), 32, to);
+                    static_cast<int32_t>(first) + min(count, kWarpTile<T>), 32, to, 32);
     } else {
 #pragma unroll
       for (int v = 0; v < T::kMaxVectors; ++v) {
@@ -179,7 +179,8 @@ __device__ __forceinline__ void FilterWarpTile(const Cta& cta, const RowWindow& 
                                                const ListPool& pool, const unsigned char* tile,
                                                int32_t first, const Bracket& bracket, uint32_t flip,
                                                WarpPart* warp) {
-  const Run run = MakeRun<T>(cta.lane, window, first, warp->part.last, T::kMaxVectors, tile);
+  const Run run = MakeRun<T>(cta.lane, window, first, warp->part.last, T::kMaxVectors,
+                             /*is_spaced=*/false, tile);
   const SignedTest<T> test(bracket.lowest, flip);
   uint32_t kept = test.template AtLeast<kComparison != Comparison::kPlain>(run);
   if constexpr (kComparison == Comparison::kSingleKey) {
