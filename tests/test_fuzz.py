@@ -193,7 +193,10 @@ def test_constants_of_the_path_are_those_of_the_kernel():
     of_types = re.findall(r"kMaxVectors = ([\w:]+);", keys)
     assert of_types == ["jax_topk::kMaxVectors", *(str(plans.TILE_VECTORS[t]) for t in
                         ("bfloat16", "float16"))]  # fmt: skip
-    assert "kTileVectors = kThreads * T::kMaxVectors;" in kernel
+    assert "if (each <= kThreads * T::kMaxVectors ||" in kernel
+    assert "(args.num_stages > 1 && each <= kThreads * kMaxRunVectors<T>)" in kernel
+    filter_part = (ROOT / "ffi" / "cuda" / "filter_part.cuh").read_text()
+    assert "kMaxRunVectors = 32 / T::kPerVector;" in filter_part
     short = (ROOT / "ffi" / "cuda" / "short_row.cuh").read_text()
     assert f"kMaxLargeTurns = {plans.LARGE_TILE_VECTORS['float32']};" in layout
     of_16_bits = plans.LARGE_TILE_VECTORS["bfloat16"]
@@ -216,8 +219,12 @@ def test_constants_of_the_path_are_those_of_the_kernel():
         ("cluster=1", "float32", True, 10752, 0, "short"),
         ("cluster=1", "float32", True, 16896, 0, "short"),  # eleven vectors
         ("cluster=1", "float32", True, 16897, 0, "streamed"),
-        ("cluster=2", "float32", True, 21504, 0, "resident"),
-        ("cluster=2", "float32", True, 21505, 0, "streamed"),
+        ("cluster=2", "float32", True, 24576, 0, "resident"),  # eight vectors
+        ("cluster=2", "float32", True, 24577, 0, "streamed"),
+        ("cluster=2,stages=1", "float32", True, 21504, 0, "resident"),
+        ("cluster=2,stages=1", "float32", True, 21505, 0, "streamed"),
+        ("cluster=2", "bfloat16", True, 24576, 0, "resident"),  # four vectors of eight
+        ("cluster=2", "bfloat16", True, 24577, 0, "streamed"),
         ("cluster=2", "float16", True, 9216, 0, "short"),
         ("cluster=2", "float16", True, 9217, 0, "resident"),
         ("cluster=1", "float16", True, 18432, 0, "short"),

@@ -56,7 +56,7 @@ BOUNDARIES = (
 tile of 384 threads with 1 to 7 vectors of four floats, the large tile, two ordinary ones, parts of
 2048, and powers of two."""
 
-LONG_BOUNDARIES = (36864, 43008, 73728, 86016, 147456, 163840, 172032)
+LONG_BOUNDARIES = (36864, 43008, 49152, 73728, 86016, 98304, 147456, 163840, 172032, 196608)
 """More of them: the largest parts that 2 to 16 CTAs hold, of floats and of 16-bit types, and the
 width that the bench uses."""
 
@@ -127,6 +127,8 @@ def kernel_paths(
     is_short = ((plan["path"] == "auto") | is_forced_short) & (num_vectors <= short_tile)
     part_vectors = -(-plan["part_elements"] * element_bytes // VECTOR_BYTES)
     each = np.maximum(-(-num_vectors // cluster), part_vectors)
-    path = np.where(each <= tile, resident, streamed)
+    # Where two tiles have room, a part may have as many elements per thread as a word has bits.
+    part = THREADS_PER_CTA * 32 // per_vector if plan["num_stages"] > 1 else tile
+    path = np.where(each <= part, resident, streamed)
     path = np.where(is_short, short, path)
     return np.where((lengths <= k) & (not is_sorted), copy, path)
