@@ -190,7 +190,7 @@ struct PairBins {
       if (margin != 0) nearest = static_cast<int32_t>(1u << step);
     }
     top = BeyondMargin(keys.range.highest);
-    const uint32_t range = static_cast<uint32_t>(top - BeyondMargin(keys.range.lowest));
+    const uint32_t range = Below(top, BeyondMargin(keys.range.lowest));
     shift = max(__clz(range) - (31 - kLogPairBins), 0);
     const float num_keys = static_cast<float>(range) + static_cast<float>(1u << step);
     // A little less than the quotients, which are not exact.
@@ -241,7 +241,7 @@ struct PairBins {
     const int32_t beyond = BeyondMargin(key);
     // What counts as one key may be several: then their numbers say nothing.
     const bool is_one_key = margin == 0 || (beyond != nearest && beyond != -nearest);
-    const uint32_t bin = UpperProduct(static_cast<uint32_t>(top - beyond) << shift, scale) +
+    const uint32_t bin = UpperProduct(Below(top, beyond) << shift, scale) +
                          UpperProduct(is_one_key ? number : 0, number_scale);
     if (!has_extremes) return bin;
     static_assert(kMaxK <= kPairBins / 4, "a bin for each pair");
@@ -250,6 +250,10 @@ struct PairBins {
   }
 
  private:
+  // Unsigned, because the difference may not fit an int.
+  __device__ __forceinline__ static uint32_t Below(int32_t upper, int32_t lower) {
+    return static_cast<uint32_t>(upper) - static_cast<uint32_t>(lower);
+  }
   // How far from zero a key lies, the margin left out.
   __device__ __forceinline__ int32_t BeyondMargin(uint32_t key) const {
     const int32_t from_zero = static_cast<int32_t>(key - zero);
