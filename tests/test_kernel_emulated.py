@@ -467,9 +467,11 @@ def test_sorted_rows_with_many_ties(library, k):
         few = rng.integers(0, 5, (1, width))
         for x in (lowest, other, wide, few):
             check(library, x.astype(np.float32), k, is_sorted=True)
-    # More than half of a power of two, and hardly a tie among the lowest: all goes to that sort.
+    # More than half of a power of two, and the ties are neither highest nor lowest: that sort.
     crowd = rng.random((1, width))
-    crowd[0, rng.permutation(width)[: k - k // 20]] = 1.5
+    order = rng.permutation(width)
+    crowd[0, order[: k - k // 20]] = 1.5
+    crowd[0, order[: k // 40]] += rng.random(k // 40)
     for plan in ("path=sample,cluster=2", "path=short,cluster=1,candidates=4"):
         check(library, crowd.astype(np.float32), k, is_sorted=True, plan=plan)
 
