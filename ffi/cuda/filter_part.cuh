@@ -68,6 +68,14 @@ __device__ __forceinline__ void PrependVectors(const uint4* from, MaskBuilder<T>
   for (int v = kVectors - 1; v >= 0; --v) builder->template Prepend<true>(vectors[v]);
 }
 
+template <typename T, bool kIsOneMask>
+__device__ __forceinline__ void PrependRun(const Run& run, MaskBuilder<T>* builder) {
+#pragma unroll 1
+  for (int32_t v = run.num_vectors - 1; v >= 0; --v) {
+    builder->template Prepend<kIsOneMask>(LoadShared(run.vectors + v));
+  }
+}
+
 // Of a run of at most `per_thread` vectors. A few more may be read.
 template <typename T>
 __device__ __forceinline__ RunMasks MakeMasks(const Run& run, int32_t per_thread,
@@ -75,10 +83,7 @@ __device__ __forceinline__ RunMasks MakeMasks(const Run& run, int32_t per_thread
   MaskBuilder<T> builder(bracket, flip);
   if (!Unlikely(!builder.HasOneMask())) {
     if (per_thread <= 2) {
-#pragma unroll 1
-      for (int32_t v = run.num_vectors - 1; v >= 0; --v) {
-        builder.template Prepend<true>(LoadShared(run.vectors + v));
-      }
+      PrependRun<T, true>(run, &builder);
     } else if (per_thread <= 3) {
       PrependVectors<T, 3>(run.vectors, &builder);
     } else if (per_thread <= 5 && kMaxRunVectors<T> > 5) {
@@ -89,10 +94,7 @@ __device__ __forceinline__ RunMasks MakeMasks(const Run& run, int32_t per_thread
       PrependVectors<T, kMaxRunVectors<T>>(run.vectors, &builder);
     }
   } else {
-#pragma unroll 1
-    for (int32_t v = run.num_vectors - 1; v >= 0; --v) {
-      builder.template Prepend<false>(LoadShared(run.vectors + v));
-    }
+    PrependRun<T, false>(run, &builder);
   }
   return builder.Masks(run.valid);
 }

@@ -156,30 +156,31 @@ __device__ __forceinline__ void SelectResidentRow(Cta& cta, const TopKArgs& args
                                                   const RowWindow& window, const Part& part,
                                                   int32_t per_thread, const RowOutput<T>& output) {
   Sample<T> sample(cta.thread, window);
-  CopyTile<T>(cta, window, part.first, part.last, per_thread == kMaxRunVectors<T>, cta.tiles);
+  const bool is_spaced = per_thread == kMaxRunVectors<T>;
+  CopyTile<T>(cta, window, part.first, part.last, is_spaced, cta.tiles);
   CopyAsyncCommit();
   PlaceCandidates(cta, args, /*has_list=*/false);
-  TileSource<T> source{MakeRun<T>(cta.thread, window, part.first, part.last, per_thread,
-                                  per_thread == kMaxRunVectors<T>, cta.tiles),
-                       {},
-                       {},
-                       output.flip};
+  TileSource<T> source{
+      MakeRun<T>(cta.thread, window, part.first, part.last, per_thread, is_spaced, cta.tiles),
+      {},
+      output.flip};
   SyncThreads();  // the cleared histogram before the guess
   Bracket bracket = GuessBracket<T>(cta, args, window, sample, output.flip);
   CopyAsyncWait<0>();
   SyncThreads();  // the tile before its use
   const uint32_t k = static_cast<uint32_t>(args.k);
   const uint32_t capacity = static_cast<uint32_t>(args.list_capacity);
+  PartCounts counts;
   RowCounts row;
 #pragma unroll 1
   for (uint32_t attempt = 0;; ++attempt) {
     source.masks = MakeMasks<T>(source.run, per_thread, bracket, output.flip);
-    source.counts = CountMasks(cta, source.masks);
-    SendCounts(cta, source.counts, attempt);
-    if (!bracket.IsSingleKey() && source.counts.open <= capacity) {
-      CollectOpenKeys<T>(cta, source.run, source.masks.open, source.counts.open, output.flip);
+    counts = CountMasks(cta, source.masks);
+    SendCounts(cta, counts, attempt);
+    if (!bracket.IsSingleKey() && counts.open <= capacity) {
+      CollectOpenKeys<T>(cta, source.run, source.masks.open, counts.open, output.flip);
     }
-    row = ReceiveCounts(cta, source.counts, attempt);
+    row = ReceiveCounts(cta, counts, attempt);
     // A narrowed bracket is right; if counts refute it all the same, the operand has changed
     // meanwhile.
     if (!Unlikely(!IsProved(bracket, row, k, capacity)) || attempt > 0) break;
@@ -189,7 +190,7 @@ __device__ __forceinline__ void SelectResidentRow(Cta& cta, const TopKArgs& args
                                LearnFromFailure<T>(bracket, row, k, window.length));
   }
   SyncThreads();  // open keys before their reads
-  FinishRow<T>(cta, args, source, bracket, source.counts, row, output);
+  FinishRow<T>(cta, args, source, bracket, counts, row, output);
 }
 
 // A row whose parts are streamed: elements at or above the bracket are kept in lists.

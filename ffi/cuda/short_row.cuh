@@ -412,11 +412,11 @@ __device__ __forceinline__ void MakePairs(Cta& cta, int32_t count, int32_t skew,
   const int32_t* positions = reinterpret_cast<const int32_t*>(cta.own) + output.k;
   uint2* pairs = reinterpret_cast<uint2*>(cta.own);
   VisitGroups(count, [&](auto group) {
-    const auto place_of = [&](int i) { return (group.kFirst + i) * kThreads + cta.thread; };
     int32_t of[group.kCount];
     uint32_t keys[group.kCount];
 #pragma unroll
-    for (int i = 0; i < group.kCount; ++i) of[i] = positions[min(place_of(i), count - 1)];
+    for (int i = 0; i < group.kCount; ++i)
+      of[i] = positions[min(group.Number(i, cta.thread), count - 1)];
     // Pair i lies on the positions 2 i - k and 2 i - k + 1, which come no later than its own: pairs
     // never overwrite positions of later groups.
     SyncThreads();  // the positions before pairs overwrite them
@@ -426,8 +426,9 @@ __device__ __forceinline__ void MakePairs(Cta& cta, int32_t count, int32_t skew,
     }
 #pragma unroll
     for (int i = 0; i < group.kCount; ++i) {
-      if (place_of(i) < count) {
-        pairs[place_of(i)] = make_uint2(static_cast<uint32_t>(of[i]), ~keys[i]);
+      const int place = group.Number(i, cta.thread);
+      if (place < count) {
+        pairs[place] = make_uint2(static_cast<uint32_t>(of[i]), ~keys[i]);
       }
     }
   });

@@ -91,6 +91,10 @@ constexpr int kPairTurns = (kMaxK + kThreads - 1) / kThreads;
 template <int kFirstTurn, int kEndTurn>
 struct TurnGroup {
   static constexpr int kFirst = kFirstTurn, kCount = kEndTurn - kFirstTurn;
+  // Of a thread's pair in the group's turn i.
+  __device__ __forceinline__ static int Number(int i, int thread) {
+    return (kFirst + i) * kThreads + thread;
+  }
 };
 // Calls visit(group) for the turns that `count` pairs need, or some more.
 template <typename Visit>
@@ -130,8 +134,7 @@ __device__ __forceinline__ Keys FindKeys(const Cta& cta, const uint2* pairs, int
   VisitGroups(count, [&](auto group) {
 #pragma unroll
     for (int i = 0; i < group.kCount; ++i) {
-      const int number = (group.kFirst + i) * kThreads + cta.thread;
-      const uint32_t key = ~pairs[min(number, count - 1)].y;
+      const uint32_t key = ~pairs[min(group.Number(i, cta.thread), count - 1)].y;
       const bool counts = kIsAll || outer.Contains(key);
       lowest = min(lowest, counts ? key : 0xffffffffu);
       highest = max(highest, counts ? key : 0);
@@ -274,6 +277,7 @@ struct SortSpace {
         firsts(reinterpret_cast<uint16_t*>(spare + (count + 1) / 2 * 16)),
         crowded(firsts + kBins) {}
 };
+static_assert(kPairTurns * 32 * kWarps == AlignUp(kMaxK, kThreads), "the lists of SortBytes");
 static_assert(kMaxK <= 1 << 12 && kMaxPerBin < 1 << 4, "a place and a number fit 16 bits");
 
 // A thread's pairs, by turn, in their bins.
@@ -293,18 +297,17 @@ __device__ __forceinline__ bool CountPairs(const Cta& cta, const uint2* pairs, i
     uint32_t bin_of[group.kCount];
 #pragma unroll
     for (int i = 0; i < group.kCount; ++i) {
-      const int number = min((group.kFirst + i) * kThreads + cta.thread, count - 1);
+      const int number = min(group.Number(i, cta.thread), count - 1);
       bin_of[i] = bins.template Of<kSpread>(pairs[number].y, static_cast<uint32_t>(number));
     }
 #pragma unroll
     for (int i = 0; i < group.kCount; ++i) {
-      const int turn = group.kFirst + i;
-      const bool is_valid = turn * kThreads + cta.thread < count;
+      const bool is_valid = group.Number(i, cta.thread) < count;
       const uint32_t shift = bin_of[i] % 8 * 4;
       // Threads behind the last pair add nothing to nothing.
       uint32_t* word = is_valid ? &cta.bins[bin_of[i] / 8] : &cta.header->zeros[cta.lane];
       const uint32_t before = FetchAndAdd(word, is_valid ? 1u << shift : 0) >> shift & kMaxPerBin;
-      binned->tags[turn] = before << 16 | bin_of[i];
+      binned->tags[group.kFirst + i] = before << 16 | bin_of[i];
       num_second += before == 1;
       most_before = max(most_before, before);
     }
@@ -350,9 +353,8 @@ __device__ __forceinline__ void PlacePairs(const Cta& cta, const uint2* pairs, i
     uint32_t first[group.kCount], in_bin[group.kCount];
 #pragma unroll
     for (int i = 0; i < group.kCount; ++i) {
-      const int turn = group.kFirst + i;
-      const uint32_t bin = binned.tags[turn] & 0xffffu;
-      of[i] = pairs[min(turn * kThreads + cta.thread, count - 1)];
+      const uint32_t bin = binned.tags[group.kFirst + i] & 0xffffu;
+      of[i] = pairs[min(group.Number(i, cta.thread), count - 1)];
       const uint32_t word = cta.bins[bin / 8];
       const uint32_t shift = bin % 8 * 4;
       first[i] = AddCounts(space.firsts[bin / 8], word & ~(~0u << shift));
@@ -360,9 +362,8 @@ __device__ __forceinline__ void PlacePairs(const Cta& cta, const uint2* pairs, i
     }
 #pragma unroll
     for (int i = 0; i < group.kCount; ++i) {
-      const int turn = group.kFirst + i;
-      const uint32_t before = binned.tags[turn] >> 16;
-      if (turn * kThreads + cta.thread < count) space.pairs[first[i] + before] = of[i];
+      const uint32_t before = binned.tags[group.kFirst + i] >> 16;
+      if (group.Number(i, cta.thread) < count) space.pairs[first[i] + before] = of[i];
       if (before == 1) *next_crowded++ = static_cast<uint16_t>(first[i] | in_bin[i] << 12);
     }
   });

@@ -135,7 +135,6 @@ template <typename T>
 struct TileSource {
   Run run;
   RunMasks masks;
-  PartCounts counts;  // of the CTA
   uint32_t flip;
 
   __device__ __forceinline__ int32_t Position(int i) const { return run.position + i; }
@@ -286,7 +285,6 @@ struct PairSink {
   uint32_t head;   // of those before it, how many are in its vector
   uint2* pairs;    // as uint64: ~key above position
 
-  PairSink() = default;
   __device__ __forceinline__ PairSink(const Cta& cta, uint32_t first_place)
       : first(first_place),
         head(first_place % 2),
