@@ -415,8 +415,9 @@ __device__ __forceinline__ void MakePairs(Cta& cta, int32_t count, int32_t skew,
     int32_t of[group.kCount];
     uint32_t keys[group.kCount];
 #pragma unroll
-    for (int i = 0; i < group.kCount; ++i)
+    for (int i = 0; i < group.kCount; ++i) {
       of[i] = positions[min(group.Number(i, cta.thread), count - 1)];
+    }
     // Pair i lies on the positions 2 i - k and 2 i - k + 1, which come no later than its own: pairs
     // never overwrite positions of later groups.
     SyncThreads();  // the positions before pairs overwrite them
