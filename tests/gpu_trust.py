@@ -152,14 +152,14 @@ def parts_of(options: argparse.Namespace, build: pathlib.Path) -> list[list[Part
     stress = str(build / "stress_kernel")
     quiet = (("XLA_PYTHON_CLIENT_PREALLOCATE", "false"),)
     gencode = f"arch=compute_{options.arch},code=sm_{options.arch}"
-    sources = ["ffi/cuda/launch.cu", "ffi/cuda/timing.cu", "ffi/plan.cc"]
+    sources = ["ffi/cuda/*.cu", "ffi/plan.cc"]
     builds = [
         Part(
             f"build_{tool}",
             (
                 *("bash", "-c"),
-                f"nvcc -std=c++17 -O3 -lineinfo -gencode {gencode} -I ffi -o {build / tool}"
-                f" ffi/tools/{tool}.cu {' '.join(sources)} && echo built {tool}",
+                f"nvcc -std=c++17 -O3 -lineinfo --threads=4 -gencode {gencode} -I ffi"
+                f" -o {build / tool} ffi/tools/{tool}.cu {' '.join(sources)} && echo built {tool}",
             ),
             f"built {tool}",
         )

@@ -69,7 +69,7 @@ def test_the_parts_are_commands_of_this_checkout(tmp_path):
         for word in " ".join(part.command).split():
             if word.startswith(("ffi/", "tests/")):
                 path, _, test = word.partition("::")
-                assert (gpu_trust.ROOT / path).exists(), word
+                assert list(gpu_trust.ROOT.glob(path)), word
                 assert not test or f"def {test}(" in (gpu_trust.ROOT / path).read_text(), word
     assert "--seed 6" in " ".join(parts["stress_again"].command)
     assert "5,6,7" in parts["fuzz"].command

@@ -23,8 +23,7 @@ struct TopKArgs {
   bool are_rows_aligned;  // every row begins at a 16-byte address
   int32_t k;              // >= 1
   bool is_smallest;
-  bool is_sorted;  // best first; otherwise ascending index
-  int32_t path;    // Path
+  int32_t path;  // Path
   int32_t cluster_size;
   uint64_t cluster_reciprocal;  // 2^32 / cluster_size, rounded up
   int32_t num_stages;
@@ -49,7 +48,6 @@ inline TopKArgs MakeArgs(const Problem& problem, const LaunchPlan& plan, bool is
                           problem.width * ElementBytes(problem.dtype) % kVectorBytes == 0;
   args.k = static_cast<int32_t>(problem.k);
   args.is_smallest = is_smallest;
-  args.is_sorted = problem.is_sorted;
   args.path = static_cast<int32_t>(plan.path);
   args.cluster_size = plan.cluster_size;
   args.cluster_reciprocal =

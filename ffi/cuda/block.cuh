@@ -58,7 +58,6 @@ enum ClusterBarrier {
 // Scalars that the threads of a CTA share. Lies at offset 0 of shared memory.
 struct SharedHeader {
   MBarrier barriers[kNumBarriers];
-  int32_t length;                // of the row's window
   alignas(8) uint2 own_is_free;  // its arrival says so, see GatherCandidates
   uint2 ranges[2];               // lowest and highest key seen, see CountAndSeeRange
   uint32_t num_chunks;           // of the lists, taken so far
@@ -99,7 +98,7 @@ struct Cta {
   uint32_t num_scans;  // alternates the scan's scratch, see BlockScan
 };
 
-__device__ __forceinline__ Cta MakeCta(const TopKArgs& args) {
+__device__ __forceinline__ Cta MakeCta(const TopKArgs& args, int rank) {
   unsigned char* shared = SharedMemory();
   Cta cta{};
   cta.header = reinterpret_cast<SharedHeader*>(shared);
@@ -110,7 +109,7 @@ __device__ __forceinline__ Cta MakeCta(const TopKArgs& args) {
   cta.thread = ThreadIndex();
   cta.lane = cta.thread & 31;
   cta.warp = cta.thread >> 5;
-  cta.rank = ClusterRank();
+  cta.rank = rank;
   cta.num_active = 1;
   return cta;
 }

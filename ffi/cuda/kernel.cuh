@@ -93,14 +93,14 @@ __device__ __forceinline__ void FinishRow(Cta& cta, const TopKArgs& args, Source
   Selection selection{bracket.lowest, rank, row.certain_before, row.open_before, true, k};
   if (!bracket.IsSingleKey()) {
     selection.is_only_key = false;
-    const CtaRange ctas = CtasThatSearch(cta, row, args.is_sorted);
+    const CtaRange ctas = CtasThatSearch(cta, row, output.is_sorted);
     if (Unlikely(cta.rank < ctas.first || cta.rank > ctas.last)) {
       if (cta.rank > ctas.last) selection.greater_before += rank;
       selection.num_ties = selection.equal_before = 0;
     } else {
       Candidates candidates{reinterpret_cast<const uint32_t*>(cta.own), PadToVector(row.open), 0};
       if (ctas.first != ctas.last) {
-        GatherCandidates(cta, mine, row, ctas, args.is_sorted);
+        GatherCandidates(cta, mine, row, ctas, output.is_sorted);
         candidates = Candidates{cta.gathered, row.padded_open, row.padded_open_before};
       }
       const Pivot pivot = FindPivot(cta, candidates, bracket, rank);
@@ -112,7 +112,7 @@ __device__ __forceinline__ void FinishRow(Cta& cta, const TopKArgs& args, Source
       if (pivot.key == 0) selection.equal_before -= row.padded_open_before - row.open_before;
     }
   }
-  WriteRow<T>(cta, source, selection, args.is_sorted, output);
+  WriteRow<T>(cta, source, selection, output);
 }
 
 // Vectors per thread of a tile of `num_vectors`: odd where it matters, see PlaceInTile.
@@ -253,12 +253,13 @@ __device__ __forceinline__ int32_t VectorsPerCta(const TopKArgs& args, int32_t n
 }
 
 // Selects from a row that is not copied. Returns whether this CTA has a sorted row's pairs to sort.
-template <typename T>
+template <typename T, bool kHasClusters>
 __device__ __forceinline__ bool SelectWindow(Cta& cta, const TopKArgs& args,
                                              const RowWindow& window, const RowOutput<T>& output) {
   const bool is_forced_short =
       args.path == static_cast<int>(Path::kShort) || window.length <= args.k;
-  const int32_t short_vectors = kThreads * (args.uses_large_tile ? kLargeTurns<T> : kMostTurns<T>);
+  const bool has_large_tile = !kHasClusters && args.uses_large_tile;
+  const int32_t short_vectors = kThreads * (has_large_tile ? kLargeTurns<T> : kMostTurns<T>);
   // `Unlikely` puts their code behind that of longer rows: what is near the kernel's beginning
   // waits less for its instructions where other kernels have run before.
   if (Unlikely((args.path == static_cast<int>(Path::kAuto) || is_forced_short) &&
@@ -266,7 +267,7 @@ __device__ __forceinline__ bool SelectWindow(Cta& cta, const TopKArgs& args,
     if (cta.rank != 0) return false;
     if (window.num_vectors <= kThreads * kFewTurns<T>) {
       SelectShortRow<T, kFewTurns<T>>(cta, args, window, output);
-    } else if (window.num_vectors > kThreads * kMostTurns<T>) {
+    } else if (!kHasClusters && window.num_vectors > kThreads * kMostTurns<T>) {
       SelectShortRow<T, kLargeTurns<T>>(cta, args, window, output);
     } else if (kMiddleTurns<T> == kMostTurns<T> ||
                window.num_vectors > kThreads * kMiddleTurns<T>) {
@@ -276,11 +277,14 @@ __device__ __forceinline__ bool SelectWindow(Cta& cta, const TopKArgs& args,
     }
     return true;
   }
-  const int32_t each = VectorsPerCta(args, window.num_vectors);
-  // CTAs whose part is not empty.
-  cta.num_active = __popc(
-      WarpBallot(cta.lane < args.cluster_size && int64_t{each} * cta.lane < window.num_vectors));
-  if (cta.rank >= cta.num_active) return false;
+  int32_t each = window.num_vectors;
+  if (kHasClusters) {
+    each = VectorsPerCta(args, window.num_vectors);
+    // CTAs whose part is not empty.
+    cta.num_active = __popc(
+        WarpBallot(cta.lane < args.cluster_size && int64_t{each} * cta.lane < window.num_vectors));
+    if (cta.rank >= cta.num_active) return false;
+  }
   Part part;
   part.first = each * cta.rank;
   part.last = min(part.first + each, window.num_vectors);
@@ -296,17 +300,19 @@ __device__ __forceinline__ bool SelectWindow(Cta& cta, const TopKArgs& args,
   return cta.rank == 0;
 }
 
-template <typename T>
+// What the launch fixes for all rows is fixed when the kernel is compiled: sorted rows or not,
+// several CTAs per row or one. A kernel for every launch takes 2 to 5 % longer.
+template <typename T, bool kIsSorted, bool kHasClusters>
 __device__ __forceinline__ void SelectRow(const TopKArgs& args) {
   AllowNextKernel();
   // What needs no global memory comes before the wait.
   const int64_t row = RowIndex();
-  Cta cta = MakeCta(args);
+  Cta cta = MakeCta(args, kHasClusters ? ClusterRank() : 0);
   InitCta(cta);
-  if (args.cluster_size > 1) JoinCluster(cta);
+  if (kHasClusters) JoinCluster(cta);
   const unsigned char* row_begin =
       static_cast<const unsigned char*>(args.operand) + row * args.width * T::kBytes;
-  RowOutput<T> output(args, row, T::SignFlip(args.is_smallest));
+  RowOutput<T> output(args, row, T::SignFlip(args.is_smallest), kIsSorted);
   ComputeHere(row_begin);
   ComputeHere(output.indices);
   WaitForKernelsBefore();
@@ -314,12 +320,12 @@ __device__ __forceinline__ void SelectRow(const TopKArgs& args) {
   const int32_t raw_length = LoadWord(args.lengths + row);
   // While the length is on its way. By CTAs that leave next, too: one that has arrived and left
   // might be counted twice, and the others would go on too early.
-  if (args.cluster_size > 1) ClusterWait();
+  if (kHasClusters) ClusterWait();
   // Clamped to the row: any int32 is legal.
   const int32_t width = static_cast<int32_t>(args.width);
   const int32_t start = min(max(raw_start, 0), width);
   const int32_t length = min(max(raw_length, 0), width - start);
-  const bool is_copy = length <= args.k && !args.is_sorted;
+  const bool is_copy = length <= args.k && !kIsSorted;
   if (is_copy) {
     if (cta.rank != 0) return;
     CopyIndices(length, output.indices, args.k);
@@ -332,13 +338,11 @@ __device__ __forceinline__ void SelectRow(const TopKArgs& args) {
     CopyValues(window, output);
     return;
   }
-  if (cta.thread == 0) cta.header->length = length;  // not kept in a register until it is needed
-  const bool has_pairs = SelectWindow<T>(cta, args, window, output);
-  if (!Unlikely(args.is_sorted) || !has_pairs) return;
-  const int32_t count = min(cta.header->length, args.k);
-  const RowOutput<T> sorted_output(args, RowIndex(), output.flip);
-  SortAndStore<T>(cta, count, sorted_output);
-  if (count < args.k) PadRow(sorted_output, count);
+  const bool has_pairs = SelectWindow<T, kHasClusters>(cta, args, window, output);
+  if (!kIsSorted || !has_pairs) return;
+  const int32_t count = min(length, args.k);
+  SortAndStore<T>(cta, count, output);
+  if (count < args.k) PadRow(output, count);
 }
 
 }  // namespace jax_topk

@@ -5,21 +5,19 @@
 #include <mutex>
 
 #include "../plan.h"
-#include "kernel.cuh"
+#include "args.h"
+#include "kernels.h"
 
 namespace jax_topk {
 namespace {
 
-// Two CTAs per SM: while one waits for memory or a barrier the other works, and a cluster of 16 or
-// 8 finds room where one CTA per SM would leave it waiting.
-template <typename T>
-__global__ void __launch_bounds__(kThreads, 2) TopKKernel(const __grid_constant__ TopKArgs args) {
-  SelectRow<T>(args);
+// The kernel of a launch.
+Kernel FindKernel(const Problem& problem, const LaunchPlan& plan) {
+  const KernelsOfType& kernels = problem.dtype == DType::kFloat32    ? kFloat32Kernels
+                                 : problem.dtype == DType::kBFloat16 ? kBFloat16Kernels
+                                                                     : kFloat16Kernels;
+  return kernels[problem.is_sorted][plan.cluster_size > 1];
 }
-
-using Kernel = void (*)(TopKArgs);
-constexpr std::array<Kernel, 3> kKernels = {TopKKernel<Float32>, TopKKernel<BFloat16>,
-                                            TopKKernel<Float16>};
 
 constexpr int kMaxDevices = 64;
 
@@ -94,16 +92,21 @@ std::string QueryDevice(int device, DeviceLimits* limits) {
   limits->smem_per_sm_bytes = smem_per_sm;
   limits->max_cluster_size = 1;
   AssumeOneGroup(limits);
-  for (Kernel kernel : kKernels) {
-    error =
-        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, smem_per_block);
-    if (error != cudaSuccess) return Describe("raising the kernel's shared memory limit", error);
+  for (const KernelsOfType* type : {&kFloat32Kernels, &kBFloat16Kernels, &kFloat16Kernels}) {
+    for (const auto& [of_one_cta, of_clusters] : *type) {
+      for (Kernel kernel : {of_one_cta, of_clusters}) {
+        error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                     smem_per_block);
+        if (error != cudaSuccess) {
+          return Describe("raising the kernel's shared memory limit", error);
+        }
+      }
+      if (major < 9) continue;
+      error = cudaFuncSetAttribute(of_clusters, cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
+      if (error != cudaSuccess) return Describe("allowing clusters of 16", error);
+    }
   }
   if (major < 9) return "";
-  for (Kernel kernel : kKernels) {
-    error = cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
-    if (error != cudaSuccess) return Describe("allowing clusters of 16", error);
-  }
   // The largest cluster that fits beside one full CTA's worth of shared memory; MIG slices and
   // partly disabled processors have less than the architecture's 16.
   LaunchPlan plan;
@@ -111,16 +114,16 @@ std::string QueryDevice(int device, DeviceLimits* limits) {
   plan.smem_bytes = smem_per_block;
   LaunchAttributes attributes;
   const cudaLaunchConfig_t config = MakeConfig(plan, false, nullptr, &attributes);
+  const Kernel kernel = kFloat32Kernels[false][true];
   int cluster_size = 1;
-  error = cudaOccupancyMaxPotentialClusterSize(&cluster_size, kKernels[0], &config);
+  error = cudaOccupancyMaxPotentialClusterSize(&cluster_size, kernel, &config);
   if (error != cudaSuccess) return Describe("asking for the largest cluster", error);
   limits->max_cluster_size = cluster_size < 1 ? 1 : cluster_size;
   for (int size = 2; size <= limits->max_cluster_size; ++size) {
     plan.cluster_size = size;
     plan.num_ctas = size;
     const cudaLaunchConfig_t of_size = MakeConfig(plan, false, nullptr, &attributes);
-    error =
-        cudaOccupancyMaxActiveClusters(&limits->resident_clusters[size - 1], kKernels[0], &of_size);
+    error = cudaOccupancyMaxActiveClusters(&limits->resident_clusters[size - 1], kernel, &of_size);
     if (error == cudaErrorInvalidClusterSize) {  // no clusters of this size
       (void)cudaGetLastError();
       limits->resident_clusters[size - 1] = 0;
@@ -196,7 +199,7 @@ std::string LaunchTopK(const Problem& problem, bool is_smallest, std::string_vie
   const bool may_overlap = limits.max_cluster_size > 1;
   LaunchAttributes attributes;
   const cudaLaunchConfig_t config = MakeConfig(plan, may_overlap, stream, &attributes);
-  error = cudaLaunchKernelEx(&config, kKernels[static_cast<int>(problem.dtype)], args);
+  error = cudaLaunchKernelEx(&config, FindKernel(problem, plan), args);
   if (error != cudaSuccess) return Describe("launching the top-k kernel", error);
   return "";
 }

@@ -439,14 +439,14 @@ __device__ __forceinline__ void MakePairs(Cta& cta, int32_t count, int32_t skew,
 template <typename T, int kTurns>
 __device__ __forceinline__ void WriteShortRow(Cta& cta, const ShortTile<T, kTurns>& tile,
                                               const ShortSelection<T, kTurns>& selection,
-                                              int32_t count, int32_t skew, const TopKArgs& args,
+                                              int32_t count, int32_t skew,
                                               const RowOutput<T>& output) {
   TurnBits<T, kTurns> bits = selection.selected;
   if (Unlikely(selection.num_ties != 0)) {
     AddFirst(cta, tile, selection.ties, selection.num_ties, &bits);
   }
   const TurnPlaces<T, kTurns> places(cta, bits, 0);
-  int32_t* positions = reinterpret_cast<int32_t*>(cta.own) + (args.is_sorted ? args.k : 0);
+  int32_t* positions = reinterpret_cast<int32_t*>(cta.own) + (output.is_sorted ? output.k : 0);
 #pragma unroll
   for (int turn = 0; turn < kTurns; ++turn) {
     SharedCursor cursor(positions + places.of[turn]);
@@ -456,7 +456,7 @@ __device__ __forceinline__ void WriteShortRow(Cta& cta, const ShortTile<T, kTurn
     }
   }
   SyncThreads();  // the staged output before its reads
-  if (Unlikely(args.is_sorted)) {
+  if (output.is_sorted) {
     MakePairs<T>(cta, count, skew, output);
     return;
   }
@@ -583,7 +583,7 @@ __device__ __forceinline__ void SelectShortRow(Cta& cta, const TopKArgs& args,
   } else {
     selection = SelectElements(cta, args, tile);
   }
-  WriteShortRow(cta, tile, selection, min(window.length, args.k), window.skew, args, output);
+  WriteShortRow(cta, tile, selection, min(window.length, args.k), window.skew, output);
 }
 
 }  // namespace jax_topk

@@ -27,14 +27,16 @@ struct RowOutput {
   int32_t* indices;       // [k]
   int32_t k;
   uint32_t flip;
+  bool is_sorted;  // best first; otherwise ascending index
 
-  __device__ RowOutput(const TopKArgs& args, int64_t row, uint32_t sign_flip)
+  __device__ RowOutput(const TopKArgs& args, int64_t row, uint32_t sign_flip, bool sorted)
       : values(args.values == nullptr
                    ? nullptr
                    : static_cast<unsigned char*>(args.values) + row * args.k * T::kBytes),
         indices(args.indices + row * args.k),
         k(args.k),
-        flip(sign_flip) {}
+        flip(sign_flip),
+        is_sorted(sorted) {}
 
   __device__ __forceinline__ void StoreBits(int32_t place, uint32_t bits) const {
     if constexpr (T::kBytes == 4) {
@@ -455,10 +457,9 @@ __device__ __forceinline__ void StageAndStore(const Cta& cta, const TileSource<T
 // In: candidates and staging memory no longer needed by others, ordered by a barrier.
 template <typename T>
 __device__ __forceinline__ void WriteRow(Cta& cta, const TileSource<T>& source,
-                                         const Selection& selection, bool is_sorted,
-                                         const RowOutput<T>& output) {
+                                         const Selection& selection, const RowOutput<T>& output) {
   const Place place = source.FindPlaces(cta, selection);
-  if (!Unlikely(is_sorted)) {
+  if (!output.is_sorted) {
     StageAndStore(cta, source, place, output);
     return;
   }
@@ -475,10 +476,9 @@ __device__ __forceinline__ void WriteRow(Cta& cta, const TileSource<T>& source,
 // The same for a streamed part.
 template <typename T>
 __device__ __forceinline__ void WriteRow(Cta& cta, const StreamSource<T>& source,
-                                         const Selection& selection, bool is_sorted,
-                                         const RowOutput<T>& output) {
+                                         const Selection& selection, const RowOutput<T>& output) {
   const uint32_t first = selection.Before();
-  if (Unlikely(is_sorted)) {
+  if (output.is_sorted) {
     const PairSink sink(cta, first);
     sink.Send(cta, source.VisitSelected(cta, selection, sink), selection.count);
     return;

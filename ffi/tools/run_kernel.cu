@@ -2,7 +2,7 @@
 // sanitizers, or a grid of cases, timed in CUDA graphs, for quick comparisons while tuning.
 //
 //   nvcc -std=c++17 -O3 -gencode arch=compute_90a,code=sm_90a -I ffi -o run_kernel
-//       ffi/tools/run_kernel.cu ffi/cuda/launch.cu ffi/cuda/timing.cu ffi/plan.cc
+//       ffi/tools/run_kernel.cu ffi/cuda/*.cu ffi/plan.cc
 //   ./run_kernel --rows 8 --width 65536 --k 2048 --dist clust --plan path=exact
 //   ./run_kernel --grid --dist normal
 //

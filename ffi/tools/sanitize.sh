@@ -15,8 +15,8 @@ jobs=${JAX_TOPK_SANITIZE_JOBS:-$((($(nproc) * 3 + 3) / 4))}
 
 build_tool() {
   [[ -x $build/$1 ]] && return
-  nvcc -std=c++17 -O3 -lineinfo -gencode "arch=compute_${arch},code=sm_${arch}" -I ffi \
-    -o "$build/$1" "ffi/tools/$1.cu" ffi/cuda/launch.cu ffi/cuda/timing.cu ffi/plan.cc
+  nvcc -std=c++17 -O3 -lineinfo --threads=4 -gencode "arch=compute_${arch},code=sm_${arch}" \
+    -I ffi -o "$build/$1" "ffi/tools/$1.cu" ffi/cuda/*.cu ffi/plan.cc
 }
 # One fault for each tool.
 cat >"$build/faults.cu" <<'CUDA'

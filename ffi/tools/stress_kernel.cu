@@ -2,7 +2,7 @@
 // other work, and CUDA graphs whose lengths and buffers change between replays. Bit-equal, no hang.
 //
 //   nvcc -std=c++17 -O3 -gencode arch=compute_90a,code=sm_90a -I ffi -o stress_kernel
-//       ffi/tools/stress_kernel.cu ffi/cuda/launch.cu ffi/plan.cc
+//       ffi/tools/stress_kernel.cu ffi/cuda/*.cu ffi/plan.cc
 //   ./stress_kernel --launches 100000 --seed 1
 //
 // Every launch is a case (shape, dtype, mode, outputs, plan) with one of its variants (starts and

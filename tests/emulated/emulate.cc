@@ -268,9 +268,12 @@ std::string RunCluster() {
   return e.error;
 }
 
+using Kernel = void (*)(const TopKArgs&);
+
 template <typename T>
-void Kernel(const TopKArgs& args) {
-  SelectRow<T>(args);
+Kernel FindKernel(bool is_sorted, bool has_clusters) {
+  if (is_sorted) return has_clusters ? SelectRow<T, true, true> : SelectRow<T, true, false>;
+  return has_clusters ? SelectRow<T, false, true> : SelectRow<T, false, false>;
 }
 
 std::string RunRows(const Problem& problem, const DeviceLimits& limits,
@@ -282,13 +285,15 @@ std::string RunRows(const Problem& problem, const DeviceLimits& limits,
   if (error.empty()) error = PlanLaunch(problem, limits, parsed, &plan);
   if (!error.empty() || problem.rows == 0 || problem.k == 0) return error;
   const TopKArgs args = MakeArgs(problem, plan, is_smallest, buffers);
+  const auto find = problem.dtype == DType::kFloat32    ? FindKernel<Float32>
+                    : problem.dtype == DType::kBFloat16 ? FindKernel<BFloat16>
+                                                        : FindKernel<Float16>;
+  const Kernel kernel = find(problem.is_sorted, plan.cluster_size > 1);
   for (int64_t row = 0; row < problem.rows; ++row) {
     Emulator run;
     emulator = &run;
     run.args = &args;
-    run.kernel = problem.dtype == DType::kFloat32    ? Kernel<Float32>
-                 : problem.dtype == DType::kBFloat16 ? Kernel<BFloat16>
-                                                     : Kernel<Float16>;
+    run.kernel = kernel;
     run.schedule = schedule;
     run.random.seed(seed + static_cast<unsigned>(row));
     run.row = row;

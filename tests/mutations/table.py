@@ -384,7 +384,7 @@ KERNEL = (
         "winners_sent_while_open_keys_are_sent",
         EMULATED,
         "ffi/cuda/kernel.cuh",
-        "GatherCandidates(cta, mine, row, ctas, args.is_sorted);",
+        "GatherCandidates(cta, mine, row, ctas, output.is_sorted);",
         "GatherCandidates(cta, mine, row, ctas, false);",
         "The first CTA's own open keys are overwritten before all peers have them; it was so once.",
         _emulated("test_winners_may_arrive_while_the_first_cta_sends_its_open_keys"),
