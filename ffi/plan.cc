@@ -144,8 +144,7 @@ std::string PlanLaunch(const Problem& problem, const DeviceLimits& limits,
     plan->list_capacity = static_cast<int>(AlignUp(problem.k + spare, 4));
     const SmemLayout layout = MakeSmemLayout(cluster, num_stages, plan->list_capacity, problem.k);
     plan->smem_bytes = layout.total_bytes;
-    // Several CTAs are faster together than one with a large tile.
-    plan->uses_large_tile = cluster == 1 && layout.has_large_tile;
+    plan->uses_large_tile = layout.has_large_tile;
     if (plan->smem_bytes <= smem_limit) return "";
     // Too large: give up what costs least first.
     if (num_stages > 1 && overrides.num_stages == 0) {

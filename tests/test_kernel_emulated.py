@@ -451,6 +451,76 @@ def test_large_values_in_few_ctas(library, plan, schedule):
             )  # fmt: skip
 
 
+def values_in_one_bin(rng, count: int, pattern: str) -> np.ndarray:
+    """Float32 values of [1, 1 + 1/32), a coarse bin of the kernel that 128 bins of 2048 split."""
+    low = np.float32(1).view(np.int32)
+    if pattern == "spread":
+        bits = low + rng.permutation(2**18)[:count]
+    elif pattern == "pairs":
+        bits = low + 2048 * (rng.permutation(2**18)[:count] // 2048) + 7
+    elif pattern == "fours":  # as many as a bin has room for
+        bits = low + 2048 * (np.arange(count) // 4 % 128) + rng.integers(0, 2048, count)
+    elif pattern == "fives":  # one more
+        bits = low + 2048 * (np.arange(count) // 5 % 128) + rng.integers(0, 2048, count)
+    else:  # "crowd": all in one of the 128
+        bits = low + 2048 * 77 + rng.integers(0, 2048, count)
+    return bits.astype(np.int32).view(np.float32)
+
+
+@pytest.mark.parametrize("smallest", [False, True])
+@pytest.mark.parametrize("pattern", ["spread", "pairs", "fours", "fives", "crowd"])
+def test_open_elements_of_a_short_row(library, pattern, smallest):
+    """The threshold lies among 8, 9, ... 257 elements of one coarse bin, of either sign."""
+    rng = np.random.default_rng(11)
+    for width, count in ((3000, 8), (3000, 9), (5000, 96), (7000, 97), (12_000, 256), (9300, 257)):
+        x = rng.uniform(-0.9, 0.9, size=(3, width))
+        x[:, :40] = rng.uniform(1.1, 3, size=(3, 40))
+        x[:, 40 : 40 + count] = values_in_one_bin(rng, count, pattern)
+        x[1] = -x[1]  # then the bin holds the lowest keys but forty
+        x = rng.permuted(x, axis=1).astype(np.float32)
+        for rank in (1, count // 2, count):
+            for negative in (False, True):
+                k = width - 40 - count + rank if negative else 40 + rank
+                if k > 4096:
+                    k = 4096
+                row = x[1:2] if negative != smallest else x[:1]
+                check(library, row, k, smallest=smallest, plan="cluster=1")
+
+
+@pytest.mark.parametrize("magnitude", [1e-30, 2.0**-16, 2.0**18, 1e30])
+def test_open_elements_of_the_widest_bins(library, magnitude):
+    """The threshold lies in a coarse bin at an end of either half, whose keys differ by more."""
+    rng = np.random.default_rng(12)
+    width, count = 4000, 60
+    for sign in (1, -1):
+        x = np.full((1, width), 0.5 if magnitude < 1 else 1000.0)
+        x *= rng.uniform(0.5, 1, size=x.shape) * (-1 if sign > 0 or magnitude > 1 else 1)
+        x[0, :count] = sign * magnitude * np.exp(rng.uniform(-3, 0, size=count))
+        x = rng.permuted(x, axis=1).astype(np.float32)
+        before = int((x > x[np.abs(x) <= magnitude].max()).sum()) if magnitude < 1 else 0
+        k = max(1, min(4000, (before if sign < 0 or magnitude < 1 else 0) + count // 2))
+        if magnitude > 1 and sign < 0:
+            k = width - count // 2
+        check(library, x, k, plan="cluster=1")
+        check(library, x, k, plan="cluster=1", smallest=True)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: np.dtype(dtype).name)
+@pytest.mark.parametrize("plan", ["cluster=4", "cluster=1,stages=1", "path=sample,cluster=2"])
+def test_rows_whose_best_lie_side_by_side(library, plan, dtype):
+    """Few threads, or one warp, have all that is kept: they take it by vectors."""
+    rng = np.random.default_rng(13)
+    width = 36_000
+    x = np.sort(rng.normal(size=(4, width)), axis=1)
+    x[1] = x[1, ::-1]
+    x[2] = np.roll(x[2], 17_001)  # across two CTAs
+    x[3] = -np.abs(np.round(x[3], 2))  # ties, and a plateau of zeros
+    x = x.astype(dtype)
+    for is_sorted in (False, True):
+        check(library, x, 2048, plan=plan, is_sorted=is_sorted)
+    check(library, x, 2048, plan=plan, smallest=True)
+
+
 @pytest.mark.parametrize("k", [700, 2304, 2305, 4096])
 def test_sorted_rows_with_many_ties(library, k):
     """Ties of the highest and the lowest key have bins of their own, others a bitonic sort."""

@@ -28,7 +28,7 @@ struct TopKArgs {
   uint64_t cluster_reciprocal;  // 2^32 / cluster_size, rounded up
   int32_t num_stages;
   int32_t part_vectors;  // fewest vectors per CTA of a row that several share
-  bool uses_large_tile;  // for rows that one CTA takes
+  bool uses_large_tile;  // for rows that it holds
   int32_t list_capacity;
   SmemLayout layout;
 };

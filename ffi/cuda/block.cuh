@@ -59,7 +59,7 @@ enum ClusterBarrier {
 struct SharedHeader {
   MBarrier barriers[kNumBarriers];
   alignas(8) uint2 own_is_free;  // its arrival says so, see GatherCandidates
-  uint2 ranges[2];               // lowest and highest key seen, see CountAndSeeRange
+  uint2 ranges[2];               // of keys seen, see CountAndSeeRange and CountInside
   uint32_t num_chunks;           // of the lists, taken so far
   uint32_t num_own;              // open keys that were copied from them
   uint32_t num_finalists;

@@ -68,6 +68,17 @@ __device__ __forceinline__ Bracket CoarseKeys(uint32_t bin) {
   return Bracket{CoarseLowestKey<T>(bin), bin == 0 ? T::kMaxKey : CoarseLowestKey<T>(bin - 1) - 1};
 }
 
+// The coarse bins of two elements, counted from the top, as byte offsets into the histogram.
+template <typename T>
+__device__ __forceinline__ uint32_t CoarseOffsets(uint32_t halves, uint32_t coarse_flip) {
+  return (T::FourfoldSteps(halves) ^ SignsOfHalves(halves) ^ coarse_flip) &
+         BothHalves(4 * kBins - 4);
+}
+
+__device__ __forceinline__ void CountAt(const Cta& cta, uint32_t offset) {
+  atomicAdd(reinterpret_cast<uint32_t*>(reinterpret_cast<unsigned char*>(cta.bins) + offset), 1u);
+}
+
 // Counts a vector's elements by coarse bin. One instruction per count: the hardware adds the lanes
 // that meet in a bin (ATOMS.POPC.INC). What does not count goes to a spare bin, which is cheaper
 // than a branch.
@@ -76,14 +87,9 @@ __device__ __forceinline__ void CountCoarse(Cta& cta, const uint4& vector, uint3
                                             uint32_t coarse_flip) {
 #pragma unroll
   for (int i = 0; i < T::kPerVector / 2; ++i) {
-    const uint32_t halves = T::Halves(vector, i);
-    const uint32_t steps = T::FourfoldSteps(halves) ^ SignsOfHalves(halves) ^ coarse_flip;
-    constexpr uint32_t kMask = 4 * kBins - 4;  // also the byte offset of a bin
-    unsigned char* bins = reinterpret_cast<unsigned char*>(cta.bins);
-    const uint32_t first = valid >> (2 * i) & 1 ? steps & kMask : 4 * kBins;
-    const uint32_t second = valid >> (2 * i + 1) & 1 ? steps >> 16 & kMask : 4 * kBins;
-    atomicAdd(reinterpret_cast<uint32_t*>(bins + first), 1u);
-    atomicAdd(reinterpret_cast<uint32_t*>(bins + second), 1u);
+    const uint32_t offsets = CoarseOffsets<T>(T::Halves(vector, i), coarse_flip);
+    CountAt(cta, valid >> (2 * i) & 1 ? offsets & 0xffffu : 4 * kBins);
+    CountAt(cta, valid >> (2 * i + 1) & 1 ? offsets >> 16 : 4 * kBins);
   }
 }
 

@@ -154,6 +154,10 @@ __device__ __forceinline__ PartCounts CountMasks(Cta& cta, const RunMasks& masks
   return PartCounts{total & 0xffffu, total >> 16};
 }
 
+// Whether a CTA has so many open elements in its tile that a thread takes its own by vectors, not
+// one by one. Of sorted values one CTA has all of the row's, and few threads have them.
+__device__ __forceinline__ bool IsDense(uint32_t num_open) { return num_open > 2 * kThreads; }
+
 // Writes the thread's open keys to cta.own, which holds those of the CTA in no order, and pads
 // them. The ties of a bracket that is a single key are not needed. In: header->num_own is zero,
 // ordered by a barrier. Ends without one.
@@ -164,6 +168,17 @@ __device__ __forceinline__ void CollectOpenKeys(const Cta& cta, const Run& run, 
   if (open == 0) return;
   uint32_t* place = reinterpret_cast<uint32_t*>(cta.own) +
                     FetchAndAdd(&cta.header->num_own, static_cast<uint32_t>(__popc(open)));
+  if (Unlikely(IsDense(num_open))) {
+    SharedCursor cursor(reinterpret_cast<int32_t*>(place));
+#pragma unroll 1
+    for (const uint4* from = run.vectors; open != 0; ++from, open >>= T::kPerVector) {
+      const uint4 vector = LoadShared(from);
+#pragma unroll
+      for (int i = 0; i < T::kPerVector; ++i) {
+        cursor.AppendIf(open & 1u << i, static_cast<int32_t>(T::Key(T::Element(vector, i), flip)));
+      }
+    }
+  }
 #pragma unroll 1
   for (; open != 0; open &= open - 1) *place++ = KeyInRun<T>(run, __ffs(open) - 1, flip);
 }

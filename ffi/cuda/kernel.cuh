@@ -62,6 +62,7 @@ __device__ __forceinline__ void InitCta(const Cta& cta) {
     header->greater_before = 0;
     header->equal_before = 0;
     header->ranges[0] = make_uint2(~0u, 0);
+    header->ranges[1] = make_uint2(~0u, ~0u);
     header->pivot_key = 0;
     header->pivot_ties = 0;
   }
@@ -112,7 +113,7 @@ __device__ __forceinline__ void FinishRow(Cta& cta, const TopKArgs& args, Source
       if (pivot.key == 0) selection.equal_before -= row.padded_open_before - row.open_before;
     }
   }
-  WriteRow<T>(cta, source, selection, output);
+  WriteRow<T>(cta, source, selection, mine.open, output);
 }
 
 // Vectors per thread of a tile of `num_vectors`: odd where it matters, see PlaceInTile.
@@ -258,8 +259,7 @@ __device__ __forceinline__ bool SelectWindow(Cta& cta, const TopKArgs& args,
                                              const RowWindow& window, const RowOutput<T>& output) {
   const bool is_forced_short =
       args.path == static_cast<int>(Path::kShort) || window.length <= args.k;
-  const bool has_large_tile = !kHasClusters && args.uses_large_tile;
-  const int32_t short_vectors = kThreads * (has_large_tile ? kLargeTurns<T> : kMostTurns<T>);
+  const int32_t short_vectors = kThreads * (args.uses_large_tile ? kLargeTurns<T> : kMostTurns<T>);
   // `Unlikely` puts their code behind that of longer rows: what is near the kernel's beginning
   // waits less for its instructions where other kernels have run before.
   if (Unlikely((args.path == static_cast<int>(Path::kAuto) || is_forced_short) &&
@@ -267,7 +267,7 @@ __device__ __forceinline__ bool SelectWindow(Cta& cta, const TopKArgs& args,
     if (cta.rank != 0) return false;
     if (window.num_vectors <= kThreads * kFewTurns<T>) {
       SelectShortRow<T, kFewTurns<T>>(cta, args, window, output);
-    } else if (!kHasClusters && window.num_vectors > kThreads * kMostTurns<T>) {
+    } else if (window.num_vectors > kThreads * kMostTurns<T>) {
       SelectShortRow<T, kLargeTurns<T>>(cta, args, window, output);
     } else if (kMiddleTurns<T> == kMostTurns<T> ||
                window.num_vectors > kThreads * kMiddleTurns<T>) {

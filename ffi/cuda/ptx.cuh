@@ -91,6 +91,15 @@ __device__ __forceinline__ void RaiseTo(uint32_t* shared, uint32_t value) {
   asm volatile("red.shared.max.u32 [%0], %1;" ::"r"(SharedAddress(shared)), "r"(value) : "memory");
 }
 
+// Writes a word to shared memory if `condition` is not zero. Predicated: no branch.
+__device__ __forceinline__ void StoreIf(uint32_t condition, uint32_t* shared, uint32_t value) {
+  asm volatile(
+      "{\n\t.reg .pred p;\n\tsetp.ne.u32 p, %2, 0;\n\t@p st.shared.u32 [%0], %1;\n\t}" ::"r"(
+          SharedAddress(shared)),
+      "r"(value), "r"(condition)
+      : "memory");
+}
+
 // Writes words to shared memory one after the other.
 struct SharedCursor {
   uint32_t address;
@@ -169,6 +178,18 @@ __device__ __forceinline__ uint32_t SignsOfHalves(uint32_t halves) {
   uint32_t signs;
   asm("prmt.b32 %0, %1, 0, 0xbb99;" : "=r"(signs) : "r"(halves));
   return signs;
+}
+// 0xff in each byte that belongs to a negative half of two words, else 0.
+__device__ __forceinline__ uint32_t SignsOfHalves(uint32_t first, uint32_t second) {
+  uint32_t signs;
+  asm("prmt.b32 %0, %1, %2, 0xfdb9;" : "=r"(signs) : "r"(first), "r"(second));
+  return signs;
+}
+// sum - the weights, a byte each, of the bytes that are 0xff.
+__device__ __forceinline__ uint32_t SubtractWeights(uint32_t sum, uint32_t bytes,
+                                                    uint32_t weights) {
+  asm("dp4a.s32.u32 %0, %1, %2, %0;" : "+r"(sum) : "r"(bytes), "r"(weights));
+  return sum;
 }
 // max(a + b, c) and min(a, b) of signed halves.
 __device__ __forceinline__ uint32_t AddMaxHalves(uint32_t a, uint32_t b, uint32_t c) {

@@ -69,6 +69,11 @@ template <typename T, int kTurns>
 struct ShortTile {
   static constexpr int kMaxHeld = T::kPerVector == 4 ? 7 : 4;
   static constexpr int kHeldTurns = kTurns < kMaxHeld ? kTurns : kMaxHeld;  // in registers as well
+  // Turns that every row fills for which a smaller tile would not do.
+  static constexpr int kFullTurns = kTurns > kMostTurns<T>     ? kMostTurns<T>
+                                    : kTurns > kMiddleTurns<T> ? kMiddleTurns<T>
+                                    : kTurns > kFewTurns<T>    ? kFewTurns<T>
+                                                               : 0;
 
   uint4 vectors[kHeldTurns];
   uint4* slots;      // in shared memory: the thread's vector of turn 0; a turn is kThreads vectors
@@ -94,7 +99,7 @@ struct ShortTile {
     const uint4* from = reinterpret_cast<const uint4*>(window.vectors) + cta.thread;
 #pragma unroll
     for (int turn = 0; turn < kTurns; ++turn) {
-      if (turn * kThreads + cta.thread >= window.num_vectors) continue;
+      if (turn >= kFullTurns && turn * kThreads + cta.thread >= window.num_vectors) continue;
       if (turn < kHeldTurns) {
         vectors[turn] = LoadReadOnly(from + turn * kThreads);
       } else {
@@ -112,14 +117,14 @@ struct ShortTile {
     // Vectors of the row behind the thread's first one.
     const int32_t vectors_behind = window.num_vectors - 1 - cta.thread;
 #pragma unroll
-    for (int turn = 0; turn < kHeldTurns; ++turn) {
+    for (int turn = kFullTurns; turn < kHeldTurns; ++turn) {
       if (turn * kThreads > vectors_behind) {
         vectors[turn] = make_uint4(lowest, lowest, lowest, lowest);
       }
     }
     if (tail != 0) {
 #pragma unroll
-      for (int turn = 0; turn < kHeldTurns; ++turn) {
+      for (int turn = kFullTurns; turn < kHeldTurns; ++turn) {
         if (turn * kThreads == vectors_behind) KeepValid(&vectors[turn], valid, lowest);
       }
     }
@@ -139,11 +144,10 @@ struct ShortTile {
     }
   }
 
-  // Calls visit(vector, valid) for every vector.
-  template <typename Visit>
-  __device__ __forceinline__ void VisitAll(Visit visit) const {
-#pragma unroll
-    for (int turn = 0; turn < kTurns; ++turn) visit(Vector(turn), ~0u);
+  // The vector of a turn.
+  __device__ __forceinline__ uint4 Vector(int turn) const {
+    return turn < kHeldTurns ? vectors[turn < kHeldTurns ? turn : 0]
+                             : LoadShared(slots + turn * kThreads);
   }
 
   __device__ __forceinline__ int32_t Position(int i) const {
@@ -158,31 +162,7 @@ struct ShortTile {
     }
   }
 
-  // Where the elements stand against a bracket whose keys lie in one half of the order.
-  __device__ __forceinline__ TurnMasks<T, kTurns> MasksOf(const Bracket& bracket) const {
-    using Bits = TurnBits<T, kTurns>;
-    TurnMasks<T, kTurns> masks;
-#pragma unroll
-    for (int word = 0; word < Bits::kWords; ++word) {
-      const int first = word * Bits::kTurnsPerWord;
-      const int last = first + Bits::kTurnsPerWord < kTurns ? first + Bits::kTurnsPerWord : kTurns;
-      MaskBuilder<T> builder(bracket, flip);
-#pragma unroll
-      for (int turn = last - 1; turn >= first; --turn) {
-        builder.template Prepend<true>(Vector(turn));
-      }
-      const RunMasks of_word = builder.Masks(LowBits((last - first) * T::kPerVector));
-      masks.certain.words[word] = of_word.certain;
-      masks.open.words[word] = of_word.open;
-    }
-    return masks;
-  }
-
  private:
-  __device__ __forceinline__ uint4 Vector(int turn) const {
-    return turn < kHeldTurns ? vectors[turn < kHeldTurns ? turn : 0]
-                             : LoadShared(slots + turn * kThreads);
-  }
   // Every element that `valid` does not name becomes the lowest key.
   __device__ __forceinline__ static void KeepValid(uint4* vector, uint32_t valid, uint32_t lowest) {
     if constexpr (T::kPerVector == 4) {
@@ -204,6 +184,73 @@ struct ShortTile {
   }
 };
 
+// The bins of a thread's elements, as numbers of 16 bits, two to a word.
+template <typename T, int kTurns>
+struct BinsOfTile {
+  static constexpr int kWordsPerTurn = T::kPerVector / 2;
+  uint32_t words[kTurns * kWordsPerTurn];
+
+  // Where the elements stand against the bins first .. end - 1: two instructions for an element,
+  // where keys would take five.
+  __device__ __forceinline__ TurnMasks<T, kTurns> MasksOf(uint32_t first, uint32_t end) const {
+    TurnMasks<T, kTurns> masks{Below(first), Below(end)};
+#pragma unroll
+    for (int word = 0; word < masks.open.kWords; ++word) {
+      masks.open.words[word] &= ~masks.certain.words[word];
+    }
+    return masks;
+  }
+
+ private:
+  // The elements whose bin is below a limit. Both are at most 2^15.
+  __device__ __forceinline__ TurnBits<T, kTurns> Below(uint32_t limit) const {
+    using Bits = TurnBits<T, kTurns>;
+    // Less a half that is below the limit, a half of it keeps its sign bit.
+    const uint32_t bound = BothHalves(0x8000 + limit - 1);
+    Bits below;
+#pragma unroll
+    for (int word = 0; word < Bits::kWords; ++word) {
+      const int first = word * Bits::kTurnsPerWord;
+      const int last = first + Bits::kTurnsPerWord < kTurns ? first + Bits::kTurnsPerWord : kTurns;
+      uint32_t negative = 0;  // the bits, negated
+#pragma unroll
+      for (int turn = last - 1; turn >= first; --turn) {
+#pragma unroll
+        for (int i = kWordsPerTurn - 2; i >= 0; i -= 2) {
+          const uint32_t* pairs = words + turn * kWordsPerTurn + i;
+          // Which four of the eight bits of a byte.
+          const bool is_upper = (turn * kWordsPerTurn + i) % 4 != 0;
+          if (is_upper) negative <<= 8;  // what is above this byte is complete
+          negative = SubtractWeights(negative, SignsOfHalves(bound - pairs[0], bound - pairs[1]),
+                                     is_upper ? 0x80402010u : 0x08040201u);
+        }
+      }
+      below.words[word] = 0u - negative;
+    }
+    return below;
+  }
+};
+
+// Counts the elements by coarse bin. Gives their bins as CoarseOffsets has them, times four.
+template <typename T, int kTurns>
+__device__ __forceinline__ BinsOfTile<T, kTurns> CountAll(const Cta& cta,
+                                                          const ShortTile<T, kTurns>& tile) {
+  const uint32_t coarse_flip = CoarseFlip(tile.flip);
+  BinsOfTile<T, kTurns> bins;
+#pragma unroll
+  for (int turn = 0; turn < kTurns; ++turn) {
+    const uint4 vector = tile.Vector(turn);
+#pragma unroll
+    for (int i = 0; i < bins.kWordsPerTurn; ++i) {
+      const uint32_t offsets = CoarseOffsets<T>(T::Halves(vector, i), coarse_flip);
+      CountAt(cta, offsets & 0xffffu);
+      CountAt(cta, offsets >> 16);
+      bins.words[turn * bins.kWordsPerTurn + i] = offsets;
+    }
+  }
+  return bins;
+}
+
 // Of a thread's elements, those that lie in the window. `position`: of the first element.
 template <typename T, int kTurns>
 __device__ __forceinline__ TurnBits<T, kTurns> ValidElements(int32_t position, int32_t length) {
@@ -217,57 +264,83 @@ __device__ __forceinline__ TurnBits<T, kTurns> ValidElements(int32_t position, i
 }
 
 // Counts the elements inside a bracket, of which the keys lie in one half of the order, by linear
-// bins, and finds the range of keys that they have. In: the histogram is zero, the header's ranges
-// are empty, ordered by a barrier. One barrier.
+// bins, and finds the range of keys that they have. `of_tile`: the bins of the elements, kBins
+// outside the bracket. In: the histogram is zero, the header's second range is the greatest words,
+// ordered by a barrier. One barrier.
 template <typename T, int kTurns>
 __device__ __forceinline__ Bracket CountInside(const Cta& cta, const ShortTile<T, kTurns>& tile,
-                                               const Bracket& bracket, const LinearBins& bins) {
+                                               const Bracket& bracket, const LinearBins& bins,
+                                               BinsOfTile<T, kTurns>* of_tile) {
   const uint32_t mask = KeyTest<T>(bracket.highest, tile.flip).mask;
   const uint32_t range = bracket.highest - bracket.lowest;
   // How far the highest and the lowest element inside are from the bracket's ends. Unsigned: of
   // elements outside, both distances are greater than `range`.
   uint32_t from_top = range, from_bottom = range;
-  tile.VisitAll([&](const uint4& vector, uint32_t) {
+  const auto count = [&](uint32_t element) {
+    const uint32_t depth = bracket.highest - (element ^ mask);
+    const uint32_t bin = depth <= range ? depth >> bins.shift : kBins;
+    atomicAdd(&cta.bins[bin], 1u);
+    from_top = min(from_top, depth);
+    from_bottom = min(from_bottom, range - depth);
+    return bin;
+  };
 #pragma unroll
-    for (int i = 0; i < T::kPerVector; ++i) {
-      const uint32_t depth = bracket.highest - (T::Element(vector, i) ^ mask);
-      atomicAdd(&cta.bins[depth <= range ? depth >> bins.shift : kBins], 1u);
-      from_top = min(from_top, depth);
-      from_bottom = min(from_bottom, range - depth);
+  for (int turn = 0; turn < kTurns; ++turn) {
+    const uint4 vector = LoadShared(tile.slots + turn * kThreads);
+#pragma unroll
+    for (int i = 0; i < T::kPerVector; i += 2) {
+      const uint32_t first = count(T::Element(vector, i));
+      of_tile->words[(turn * T::kPerVector + i) / 2] = first | count(T::Element(vector, i + 1))
+                                                                   << 16;
     }
-  });
+  }
   from_top = WarpMin(from_top);
   from_bottom = WarpMin(from_bottom);
   if (cta.lane == 0) {
-    atomicMin(&cta.header->ranges[0].x, from_top);
-    atomicMin(&cta.header->ranges[0].y, from_bottom);
+    atomicMin(&cta.header->ranges[1].x, from_top);
+    atomicMin(&cta.header->ranges[1].y, from_bottom);
   }
   SyncThreads();  // counts and distances before their reads
-  return Bracket{bracket.lowest + cta.header->ranges[0].y,
-                 bracket.highest - cta.header->ranges[0].x};
+  return Bracket{bracket.lowest + cta.header->ranges[1].y,
+                 bracket.highest - cta.header->ranges[1].x};
 }
 
+// The bins of a row's elements stand for themselves: what FindRank gives is a bin, not its keys.
+__device__ __forceinline__ Bracket BinItself(uint32_t bin) { return Bracket{bin, bin}; }
+
 // Narrows a bracket that holds the `rank`-th largest element (from 1) and more than `open_limit`,
-// until it holds no more or is a single key.
+// until it holds no more or is a single key. `masks`: where the elements stand against it. In: as
+// CountInside.
 template <typename T, int kTurns>
 __device__ __forceinline__ Estimate NarrowCrowded(const Cta& cta, const ShortTile<T, kTurns>& tile,
                                                   Estimate estimate, uint32_t rank,
-                                                  uint32_t open_limit) {
-  while (estimate.inside > open_limit && !estimate.bracket.IsSingleKey()) {
-    ClearBins(cta);
-    if (cta.thread == 0) cta.header->ranges[0] = make_uint2(~0u, ~0u);
-    SyncThreads();  // the cleared histogram and ranges before their use
+                                                  uint32_t open_limit,
+                                                  TurnMasks<T, kTurns>* masks) {
+#pragma unroll 1
+  for (int round = 0; estimate.inside > open_limit && !estimate.bracket.IsSingleKey(); ++round) {
+    if (Unlikely(round > 0)) {
+      if (cta.thread == 0) cta.header->ranges[1] = make_uint2(~0u, ~0u);
+      SyncThreads();  // the distances made anew before their use
+    }
     const LinearBins bins(estimate.bracket);
-    const Bracket seen = CountInside<T>(cta, tile, estimate.bracket, bins);
+    BinsOfTile<T, kTurns> of_tile;
+    const Bracket seen = CountInside<T>(cta, tile, estimate.bracket, bins, &of_tile);
     if (seen.IsSingleKey()) {  // a plateau
       estimate.bracket = seen;
       break;
     }
     const uint32_t above = estimate.above;
     const Bracket outer = estimate.bracket;
-    estimate = FindRank<false>(cta, rank - above,
-                               [&](uint32_t bin) { return bins.Keys(bin, bin, outer); });
+    estimate = FindRank<true>(cta, rank - above, BinItself);
+    const uint32_t bin = estimate.bracket.lowest;
+    const TurnMasks<T, kTurns> of_bin = of_tile.MasksOf(bin, bin + 1);
+#pragma unroll
+    for (int word = 0; word < masks->open.kWords; ++word) {
+      masks->certain.words[word] |= of_bin.certain.words[word];
+    }
+    masks->open = of_bin.open;
     estimate.above += above;
+    estimate.bracket = bins.Keys(bin, bin, outer);
     estimate.bracket.lowest = max(estimate.bracket.lowest, seen.lowest);
     estimate.bracket.highest = min(estimate.bracket.highest, seen.highest);
   }
@@ -502,66 +575,146 @@ __device__ __forceinline__ bool IsAmongFirst(const uint32_t* keys, const uint32_
   return before < rank;
 }
 
+// Bins that spread the open elements, and the most that are spread: of fewer than twice the bins
+// hardly any bin has more keys than it has room for.
+constexpr int kSpreadBins = 128;
+constexpr uint32_t kMaxSpread = 2 * kSpreadBins;
+
+// Whether the keys of a coarse bin can be spread by the seven bits that follow those which they
+// have in common. Of the 16-bit types few keys share a bin, and of float32 those of the bins at the
+// ends of either half have less in common.
+template <typename T>
+__device__ __forceinline__ bool IsSpreadable(uint32_t coarse_bin) {
+  return T::kBits == 32 && (coarse_bin + 1) % kHalfBins > 1;
+}
+
+// Finds the key of a rank (1-based) among the open elements of a spreadable bin, by bins of their
+// own, which keep up to four keys each. Returns whether the rank's bin had room for all of its own.
+// In: the histogram is zero, ordered by a barrier. Two barriers.
+template <typename T, int kTurns>
+__device__ __forceinline__ bool RankBySpreading(const Cta& cta, const ShortTile<T, kTurns>& tile,
+                                                const TurnBits<T, kTurns>& open, uint32_t rank,
+                                                DirectPivot* pivot) {
+  static_assert(kSpreadBins == 4 * 32 && kSpreadBins * 5 <= kBins,
+                "a vector of bins for each lane");
+  constexpr int kShift = FloatSteps::kScale * 65536 / kSpreadBins == 2048 ? 11 : -1;
+  static_assert(kShift > 0, "the width of a bin");
+  uint32_t* keys = cta.bins + kSpreadBins;  // four for each bin, behind the counts
+  VisitOpen(open, [&](int, uint32_t, int element) {
+    const uint32_t key = tile.Key(element);
+    const uint32_t bin = ~key >> kShift & (kSpreadBins - 1);
+    const uint32_t place = FetchAndAdd(&cta.bins[bin], 1u);
+    if (place < 4) keys[4 * bin + place] = key;
+  });
+  SyncThreads();  // counts and keys before their reads
+  // By one warp, see FindPivotBin.
+  if (cta.warp == 0) {
+    const uint32_t lane = static_cast<uint32_t>(UseHere(cta.lane));
+    const uint4 counts = LoadShared(reinterpret_cast<const uint4*>(cta.bins) + lane);
+    const uint32_t two = counts.x + counts.y, three = two + counts.z, sum = three + counts.w;
+    const uint32_t before = WarpInclusiveSum(cta.lane, sum) - sum;
+    const uint32_t inner = rank - 1 - before;  // unsigned: below `sum` in one lane alone
+    const bool is_second = inner >= counts.x, is_third = inner >= two, is_last = inner >= three;
+    const uint32_t bin = 4 * lane + is_second + is_third + is_last;
+    const uint32_t above = before + (is_last ? three : is_third ? two : is_second ? counts.x : 0);
+    const uint32_t inside = is_last     ? counts.w
+                            : is_third  ? counts.z
+                            : is_second ? counts.y
+                                        : counts.x;
+    const int holder = 31 - __clz(WarpBallot(inner < sum));
+    const uint32_t found = WarpBroadcast(bin | above << 8 | inside << 20, holder);
+    const uint32_t own_rank = rank - (found >> 8 & 0xfffu);
+    // Behind the last key there are zeros, the key of none here.
+    const uint32_t* of_bin = keys + 4 * (found & 0xffu);
+    const uint32_t key = of_bin[lane & 3];
+    KeysAhead ahead;
+    ahead.Count(LoadShared(reinterpret_cast<const uint4*>(of_bin)), key);
+    const bool has_room = found >> 20 <= 4;
+    const bool has_rank = ahead.greater < own_rank && own_rank <= ahead.reached;
+    // One of those that have the rank, or any if that is not known.
+    if (cta.lane == 31 - __clz(WarpBallot(!has_room || has_rank))) {
+      cta.header->found[0] =
+          make_uint4(key, own_rank - ahead.greater, ahead.reached - ahead.greater, has_room);
+    }
+  }
+  SyncThreads();  // the pivot before its reads
+  const uint4 found = LoadShared(&cta.header->found[0]);
+  *pivot = DirectPivot{found.x, found.y, found.z};
+  return found.w != 0;
+}
+
 // What is selected of a row of more than k elements.
 template <typename T, int kTurns>
 __device__ __forceinline__ ShortSelection<T, kTurns> SelectElements(
     Cta& cta, const TopKArgs& args, const ShortTile<T, kTurns>& tile) {
   const uint32_t k = static_cast<uint32_t>(args.k);
-  const uint32_t coarse_flip = CoarseFlip(tile.flip);
-  tile.VisitAll([&](const uint4& vector, uint32_t valid) {
-    CountCoarse<T>(cta, vector, valid, coarse_flip);
-  });
+  const BinsOfTile<T, kTurns> bins = CountAll(cta, tile);
   SyncThreads();  // counts before the search
-  Estimate estimate = FindRank<false>(cta, k, [](uint32_t bin) { return CoarseKeys<T>(bin); });
-  const uint32_t open_limit = static_cast<uint32_t>(min(kMaxDirect, args.list_capacity));
-  if (Unlikely(estimate.inside > open_limit)) {
-    estimate = NarrowCrowded(cta, tile, estimate, k, open_limit);
-  }
-  const uint32_t rank = k - estimate.above;
-  const TurnMasks<T, kTurns> masks = tile.MasksOf(estimate.bracket);
-  ShortSelection<T, kTurns> selection{masks.certain, masks.open, 0};
-  auto& selected = selection.selected;
-  auto& ties = selection.ties;
-  if (Unlikely(estimate.bracket.IsSingleKey())) {
-    if (estimate.inside > rank) {
-      selection.num_ties = rank;
-    } else {
-#pragma unroll
-      for (int word = 0; word < ties.kWords; ++word) selected.words[word] |= ties.words[word];
-    }
-    return selection;
-  }
-  ties = {};
-  uint32_t* own = reinterpret_cast<uint32_t*>(cta.own);
-  const bool is_by_owner = estimate.inside <= kMaxByOwner;
-  PadOpenKeys(cta, estimate.inside,
-              is_by_owner ? uint32_t{kMaxByOwner} : PadToChunk(estimate.inside));
-  uint32_t* positions = own + kMaxByOwner;
-  VisitOpen(masks.open, [&](int, uint32_t, int element) {
-    const uint32_t place = FetchAndAdd(&cta.header->num_own, 1u);
-    own[place] = tile.Key(element);
-    // Unsigned: what lies before the window would come last.
-    if (is_by_owner) positions[place] = static_cast<uint32_t>(tile.Position(element));
-  });
-  SyncThreads();  // the open keys before their reads
-  if (is_by_owner) {
-    VisitOpen(masks.open, [&](int word, uint32_t bit, int element) {
-      if (IsAmongFirst(own, positions, estimate.inside, tile.Key(element),
-                       static_cast<uint32_t>(tile.Position(element)), rank)) {
-        selected.words[word] |= bit;
+  Estimate estimate = FindRank<true>(cta, k, BinItself);
+  const uint32_t bin = estimate.bracket.lowest;
+  TurnMasks<T, kTurns> masks = bins.MasksOf(4 * bin, 4 * bin + 4);
+  const uint32_t capacity = static_cast<uint32_t>(args.list_capacity);
+  ShortSelection<T, kTurns> selection{masks.certain, {}, 0};
+  DirectPivot pivot;
+  const bool is_spread = IsSpreadable<T>(bin) && estimate.inside > kMaxByOwner &&
+                         estimate.inside <= min(kMaxSpread, capacity);
+  if (!is_spread || !RankBySpreading(cta, tile, masks.open, k - estimate.above, &pivot)) {
+    const uint32_t open_limit = min(uint32_t{kMaxDirect}, capacity);
+    if (Unlikely(estimate.inside > open_limit)) {
+      if (is_spread) {
+        SyncThreads();  // the spread keys before their bins are cleared
+        ClearBins(cta);
+        SyncThreads();  // the cleared histogram before its use
       }
+      estimate.bracket = CoarseKeys<T>(bin);
+      estimate = NarrowCrowded(cta, tile, estimate, k, open_limit, &masks);
+      selection.selected = masks.certain;
+      if (Unlikely(estimate.bracket.IsSingleKey())) {
+        const uint32_t rank = k - estimate.above;
+        if (estimate.inside > rank) {
+          selection.ties = masks.open;
+          selection.num_ties = rank;
+        } else {
+#pragma unroll
+          for (int word = 0; word < masks.open.kWords; ++word) {
+            selection.selected.words[word] |= masks.open.words[word];
+          }
+        }
+        return selection;
+      }
+    }
+    const uint32_t rank = k - estimate.above;
+    uint32_t* own = reinterpret_cast<uint32_t*>(cta.own);
+    const bool is_by_owner = estimate.inside <= kMaxByOwner;
+    PadOpenKeys(cta, estimate.inside,
+                is_by_owner ? uint32_t{kMaxByOwner} : PadToChunk(estimate.inside));
+    uint32_t* positions = own + kMaxByOwner;
+    VisitOpen(masks.open, [&](int, uint32_t, int element) {
+      const uint32_t place = FetchAndAdd(&cta.header->num_own, 1u);
+      own[place] = tile.Key(element);
+      // Unsigned: what lies before the window would come last.
+      if (is_by_owner) positions[place] = static_cast<uint32_t>(tile.Position(element));
     });
-  } else {
-    const DirectPivot pivot =
-        RankDirectly<kDirectChunk>(cta, own, PadToChunk(estimate.inside), rank);
-    const bool drops_ties = pivot.num_equal > pivot.num_ties;
-    if (Unlikely(drops_ties)) selection.num_ties = pivot.num_ties;
-    VisitOpen(masks.open, [&](int word, uint32_t bit, int element) {
-      const uint32_t key = tile.Key(element);
-      if (key > pivot.key || (key == pivot.key && !drops_ties)) selected.words[word] |= bit;
-      if (key == pivot.key) ties.words[word] |= bit;
-    });
+    SyncThreads();  // the open keys before their reads
+    if (is_by_owner) {
+      VisitOpen(masks.open, [&](int word, uint32_t bit, int element) {
+        if (IsAmongFirst(own, positions, estimate.inside, tile.Key(element),
+                         static_cast<uint32_t>(tile.Position(element)), rank)) {
+          selection.selected.words[word] |= bit;
+        }
+      });
+      SyncWarp();  // after loops of different lengths
+      return selection;
+    }
+    pivot = RankDirectly<kDirectChunk>(cta, own, PadToChunk(estimate.inside), rank);
   }
+  const bool drops_ties = pivot.num_equal > pivot.num_ties;
+  if (Unlikely(drops_ties)) selection.num_ties = pivot.num_ties;
+  VisitOpen(masks.open, [&](int word, uint32_t bit, int element) {
+    const uint32_t key = tile.Key(element);
+    if (key > pivot.key || (key == pivot.key && !drops_ties)) selection.selected.words[word] |= bit;
+    if (key == pivot.key) selection.ties.words[word] |= bit;
+  });
   SyncWarp();  // after loops of different lengths
   return selection;
 }

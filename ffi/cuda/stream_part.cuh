@@ -137,6 +137,9 @@ __device__ __forceinline__ uint32_t TakeChunks(const Cta& cta, const ListPool& p
 // are wanted and the end is positive: then so is all that is kept.
 enum class Comparison { kPlain, kMasked, kSingleKey };
 
+// A warp's tile of which more elements than this are kept is taken by vectors, not by elements.
+constexpr uint32_t kDenseTile = 160;
+
 // Appends the elements of the lanes' runs that `kept` names to the warp's list, and counts those
 // whose key is at most `highest_open`.
 template <typename T, Comparison kComparison>
@@ -157,13 +160,37 @@ __device__ __forceinline__ void AppendRuns(const Cta& cta, const ListPool& pool,
   const uint32_t old_shift = (warp->last_chunk + 1 - had) * kChunkEntries;
   const uint32_t new_shift = (taken - had) * kChunkEntries;
   uint32_t place = warp->num_listed + inclusive - count;
+  const auto key_of = [&](uint32_t bits) {
+    return kComparison == Comparison::kPlain ? bits | T::kSign : T::Key(bits, flip);
+  };
+  const auto entry_of = [&](uint32_t at) {
+    return at + (at < had * kChunkEntries ? old_shift : new_shift);
+  };
+  if (Unlikely(total > kDenseTile)) {
+    const uint4* from = run.vectors;
+    uint32_t position = static_cast<uint32_t>(run.position);
+#pragma unroll 1
+    for (; kept != 0; kept >>= T::kPerVector) {
+      const uint4 vector = LoadShared(from++);
+#pragma unroll
+      for (int i = 0; i < T::kPerVector; ++i) {
+        const uint32_t is_kept = kept >> i & 1;
+        const uint32_t key = key_of(T::Element(vector, i));
+        const uint32_t entry = entry_of(place);
+        StoreIf(is_kept, pool.keys + entry, key);
+        StoreIf(is_kept, pool.positions + entry, position + i);
+        warp->num_open += key <= highest_open ? is_kept : 0;
+        place += is_kept;
+      }
+      position += T::kPerVector;
+    }
+  }
 #pragma unroll 1
   for (; kept != 0; kept &= kept - 1) {
     const int32_t i = __ffs(kept) - 1;
-    const uint32_t key = kComparison == Comparison::kPlain ? BitsInRun<T>(run, i) | T::kSign
-                                                           : KeyInRun<T>(run, i, flip);
+    const uint32_t key = key_of(BitsInRun<T>(run, i));
     if (key <= highest_open) ++warp->num_open;
-    const uint32_t entry = place + (place < had * kChunkEntries ? old_shift : new_shift);
+    const uint32_t entry = entry_of(place);
     pool.keys[entry] = key;
     pool.positions[entry] = static_cast<uint32_t>(run.position + i);
     ++place;

@@ -144,12 +144,22 @@ struct TileSource {
 
   // Where the selected elements go: open elements are compared with the pivot, and one scan of both
   // counts tells their places. One barrier, behind which the open keys are no longer needed.
-  __device__ __forceinline__ Place FindPlaces(Cta& cta, const Selection& selection) const {
+  __device__ __forceinline__ Place FindPlaces(Cta& cta, const Selection& selection,
+                                              bool is_dense) const {
     uint32_t greater = masks.certain;
     uint32_t equal = selection.is_only_key ? masks.open : 0;
+    uint32_t open = masks.open & ~equal;
+    if (Unlikely(is_dense)) {
+      MaskBuilder<T> builder(Bracket{selection.pivot, selection.pivot}, flip);
+      PrependRun<T, true>(run, &builder);
+      const RunMasks of_all = builder.Masks(open);
+      greater |= of_all.certain;
+      equal |= of_all.open;
+      open = 0;
+    }
     const KeyTest<T> test(selection.pivot, flip);
 #pragma unroll 1
-    for (uint32_t open = masks.open & ~equal; open != 0; open &= open - 1) {
+    for (; open != 0; open &= open - 1) {
       const uint32_t word = BitsInRun<T>(run, __ffs(open) - 1) ^ test.mask;
       const uint32_t bit = open & (0 - open);
       if (word > test.key) greater |= bit;
@@ -453,12 +463,14 @@ __device__ __forceinline__ void StageAndStore(const Cta& cta, const TileSource<T
   staging.Store(cta, place.count, place.base, output);
 }
 
-// Writes the selected elements of a tile; those of a sorted row go to its first CTA, see PairSink.
-// In: candidates and staging memory no longer needed by others, ordered by a barrier.
+// Writes the selected elements of a tile, of which `num_open` were open; those of a sorted row go
+// to its first CTA, see PairSink. In: candidates and staging memory no longer needed by others,
+// ordered by a barrier.
 template <typename T>
 __device__ __forceinline__ void WriteRow(Cta& cta, const TileSource<T>& source,
-                                         const Selection& selection, const RowOutput<T>& output) {
-  const Place place = source.FindPlaces(cta, selection);
+                                         const Selection& selection, uint32_t num_open,
+                                         const RowOutput<T>& output) {
+  const Place place = source.FindPlaces(cta, selection, IsDense(num_open));
   if (!output.is_sorted) {
     StageAndStore(cta, source, place, output);
     return;
@@ -476,7 +488,8 @@ __device__ __forceinline__ void WriteRow(Cta& cta, const TileSource<T>& source,
 // The same for a streamed part.
 template <typename T>
 __device__ __forceinline__ void WriteRow(Cta& cta, const StreamSource<T>& source,
-                                         const Selection& selection, const RowOutput<T>& output) {
+                                         const Selection& selection, uint32_t,
+                                         const RowOutput<T>& output) {
   const uint32_t first = selection.Before();
   if (output.is_sorted) {
     const PairSink sink(cta, first);

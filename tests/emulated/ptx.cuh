@@ -110,11 +110,25 @@ uint32_t OnHalves(uint32_t a, uint32_t b, uint32_t c, Operation operation) {
 inline uint32_t SignsOfHalves(uint32_t halves) {
   return OnHalves(halves, 0, 0, [](int a, int, int) { return a < 0 ? -1 : 0; });
 }
+inline uint32_t SignsOfHalves(uint32_t first, uint32_t second) {
+  return (first & 0x8000u ? 0xffu : 0) | (first & 0x80000000u ? 0xff00u : 0) |
+         (second & 0x8000u ? 0xff0000u : 0) | (second & 0x80000000u ? 0xff000000u : 0);
+}
+inline uint32_t SubtractWeights(uint32_t sum, uint32_t bytes, uint32_t weights) {
+  for (int i = 0; i < 4; ++i) {
+    const int byte = static_cast<signed char>(bytes >> (8 * i) & 0xff);
+    sum += static_cast<uint32_t>(byte * static_cast<int>(weights >> (8 * i) & 0xff));
+  }
+  return sum;
+}
 inline uint32_t AddMaxHalves(uint32_t a, uint32_t b, uint32_t c) {
   return OnHalves(a, b, c, [](int x, int y, int z) { return x + y > z ? x + y : z; });
 }
 inline uint32_t MinHalves(uint32_t a, uint32_t b) {
   return OnHalves(a, b, 0, [](int x, int y, int) { return x < y ? x : y; });
+}
+inline void StoreIf(uint32_t condition, uint32_t* shared, uint32_t value) {
+  if (condition != 0) *shared = value;
 }
 struct SharedCursor {
   int32_t* place;
