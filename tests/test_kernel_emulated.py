@@ -30,6 +30,7 @@ PLANS = [
 ]
 # Rows at which 384 threads begin to own another vector of four elements, up to the largest tile.
 TILES = [384 * 4 * vectors for vectors in (1, 2, 3, 4, 5, 6, 7)]
+LARGE_TILE = 384 * 4 * 11
 
 
 @pytest.fixture(scope="module")
@@ -72,13 +73,14 @@ def test_hostile_rows(library, dtype, plan):
 
 @pytest.mark.parametrize("k", [1, 64, 2048])
 def test_lengths_at_every_boundary(library, k):
-    boundaries = {0, 1, k, *TILES}
+    boundaries = {0, 1, k, *TILES, LARGE_TILE}
     lengths = sorted({b + d for b in boundaries for d in (-1, 0, 1)} | {2**31 - 1, -(2**31)})
     rng = np.random.default_rng(k)
-    x = np.full((len(lengths), TILES[-1] + 60), np.nan, np.float32)
+    x = np.full((len(lengths), LARGE_TILE + 60), np.nan, np.float32)
     for row, length in enumerate(lengths):
         x[row, : max(0, length)] = rng.normal(size=min(max(0, length), x.shape[1]))
-    check(library, x, k, lengths=np.array(lengths, np.int32), plan="cluster=2")
+    for plan in ("cluster=2", "path=sample,cluster=2"):
+        check(library, x, k, lengths=np.array(lengths, np.int32), plan=plan)
 
 
 @pytest.mark.parametrize("elements", [2 * TILES[-1], 2 * TILES[-1] + 1, 3 * TILES[-1] + 7])
