@@ -248,11 +248,11 @@ struct BinCounts {
 
 // Finds the bins that hold ranks (1-based, from the top; clamped to 1 .. total): `keys_of(bin)`
 // gives the keys of a bin, counted from the top. In: complete counts, ordered by a barrier, not all
-// zero. Out: the bins, known to all threads; the histogram is zero again if `kClears`, else as it
-// was. Returns the total. Two barriers.
+// zero. Out: the bins, known to all threads; the histogram is zero again. Returns the total. Two
+// barriers.
 //
 // Only the warps in which a rank falls look further than at their sums.
-template <bool kClears, int kRanks, typename KeysOf>
+template <int kRanks, typename KeysOf>
 __device__ __forceinline__ uint32_t FindRanks(const Cta& cta, const uint32_t (&ranks)[kRanks],
                                               KeysOf keys_of, Estimate (&found)[kRanks]) {
   static_assert(kRanks <= 2, "the header has room for two");
@@ -264,7 +264,7 @@ __device__ __forceinline__ uint32_t FindRanks(const Cta& cta, const uint32_t (&r
   uint32_t before = 0;  // the thread's bins, in its warp
   if (has_bins) {
     counts = BinCounts(cta.bins, thread);
-    if (kClears) BinCounts::Clear(cta.bins, thread);
+    BinCounts::Clear(cta.bins, thread);
     const uint32_t inclusive = WarpInclusiveSum(cta.lane, counts.sum);
     if (cta.lane == 31) totals[cta.warp] = inclusive;
     before = inclusive - counts.sum;
@@ -301,10 +301,10 @@ __device__ __forceinline__ uint32_t FindRanks(const Cta& cta, const uint32_t (&r
 }
 
 // The same for one rank.
-template <bool kClears, typename KeysOf>
+template <typename KeysOf>
 __device__ __forceinline__ Estimate FindRank(const Cta& cta, uint32_t rank, KeysOf keys_of) {
   Estimate found[1];
-  FindRanks<kClears>(cta, {rank}, keys_of, found);
+  FindRanks(cta, {rank}, keys_of, found);
   return found[0];
 }
 

@@ -331,7 +331,7 @@ __device__ __forceinline__ Estimate NarrowCrowded(const Cta& cta, const ShortTil
     }
     const uint32_t above = estimate.above;
     const Bracket outer = estimate.bracket;
-    estimate = FindRank<true>(cta, rank - above, BinItself);
+    estimate = FindRank(cta, rank - above, BinItself);
     const uint32_t bin = estimate.bracket.lowest;
     const TurnMasks<T, kTurns> of_bin = of_tile.MasksOf(bin, bin + 1);
 #pragma unroll
@@ -597,8 +597,8 @@ __device__ __forceinline__ bool RankBySpreading(const Cta& cta, const ShortTile<
                                                 DirectPivot* pivot) {
   static_assert(kSpreadBins == 4 * 32 && kSpreadBins * 5 <= kBins,
                 "a vector of bins for each lane");
-  constexpr int kShift = FloatSteps::kScale * 65536 / kSpreadBins == 2048 ? 11 : -1;
-  static_assert(kShift > 0, "the width of a bin");
+  constexpr int kShift = 11;
+  static_assert(FloatSteps::kScale << 16 == kSpreadBins << kShift, "the keys of a coarse bin");
   uint32_t* keys = cta.bins + kSpreadBins;  // four for each bin, behind the counts
   VisitOpen(open, [&](int, uint32_t, int element) {
     const uint32_t key = tile.Key(element);
@@ -650,7 +650,7 @@ __device__ __forceinline__ ShortSelection<T, kTurns> SelectElements(
   const uint32_t k = static_cast<uint32_t>(args.k);
   const BinsOfTile<T, kTurns> bins = CountAll(cta, tile);
   SyncThreads();  // counts before the search
-  Estimate estimate = FindRank<true>(cta, k, BinItself);
+  Estimate estimate = FindRank(cta, k, BinItself);
   const uint32_t bin = estimate.bracket.lowest;
   TurnMasks<T, kTurns> masks = bins.MasksOf(4 * bin, 4 * bin + 4);
   const uint32_t capacity = static_cast<uint32_t>(args.list_capacity);
