@@ -504,6 +504,21 @@ def test_open_elements_of_the_widest_bins(library, value, above):
         check(library, -x, above + rank, plan="cluster=1", smallest=True)
 
 
+@pytest.mark.parametrize("schedule", emulation.SCHEDULES)
+def test_a_crowd_that_is_narrowed_twice(library, schedule):
+    """Two neighbouring values fill one of 2048 bins of a coarse bin; the first warp has but one."""
+    rng = np.random.default_rng(14)
+    width = 3000
+    low = np.float32(1).view(np.int32)
+    bits = np.full(width, low + 7, np.int32)
+    of_other_warps = np.flatnonzero(np.arange(width) % 1536 >= 128)
+    bits[rng.permutation(of_other_warps)[:1000]] += 3
+    bits[rng.permutation(of_other_warps)[:5]] = low + 2**18 - 9  # far away in the coarse bin
+    x = bits.view(np.float32)[None]
+    for k in (400, 990, 1500):
+        check(library, x, k, plan="cluster=1", schedule=schedule)
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: np.dtype(dtype).name)
 @pytest.mark.parametrize("plan", ["cluster=4", "cluster=1,stages=1", "path=sample,cluster=2"])
 def test_rows_whose_best_lie_side_by_side(library, plan, dtype):
