@@ -213,11 +213,11 @@ def test_constants_of_the_path_are_those_of_the_kernel():
         ("", "float32", False, 64, 0, "copy"),
         ("", "float32", True, 64, 0, "short"),
         ("", "float32", False, 65, 0, "short"),
-        ("", "float32", True, 10752, 0, "short"),  # 384 threads of seven vectors of four
-        ("", "float32", True, 10753, 0, "resident"),
-        ("", "float32", True, 10752, 1, "resident"),  # one vector more, by its alignment
-        ("cluster=1", "float32", True, 10752, 0, "short"),
-        ("cluster=1", "float32", True, 16896, 0, "short"),  # eleven vectors
+        ("", "float32", True, 10753, 0, "short"),  # 384 threads of more than seven vectors of four
+        ("", "float32", True, 16896, 0, "short"),  # eleven vectors
+        ("", "float32", True, 16897, 0, "resident"),
+        ("", "float32", True, 16896, 1, "resident"),  # one vector more, by its alignment
+        ("cluster=1", "float32", True, 16896, 0, "short"),
         ("cluster=1", "float32", True, 16897, 0, "streamed"),
         ("cluster=2", "float32", True, 24576, 0, "resident"),  # eight vectors
         ("cluster=2", "float32", True, 24577, 0, "streamed"),
