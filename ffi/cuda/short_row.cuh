@@ -55,6 +55,10 @@ struct TurnBits {
   __device__ __forceinline__ void SetTurn(int turn, uint32_t bits) {
     words[turn / kTurnsPerWord] |= bits << (turn % kTurnsPerWord * T::kPerVector);
   }
+  __device__ __forceinline__ void Add(const TurnBits& others) {
+#pragma unroll
+    for (int word = 0; word < kWords; ++word) words[word] |= others.words[word];
+  }
 };
 
 // Where a thread's elements stand against a bracket.
@@ -334,10 +338,7 @@ __device__ __forceinline__ Estimate NarrowCrowded(const Cta& cta, const ShortTil
     estimate = FindRank(cta, rank - above, BinItself);
     const uint32_t bin = estimate.bracket.lowest;
     const TurnMasks<T, kTurns> of_bin = of_tile.MasksOf(bin, bin + 1);
-#pragma unroll
-    for (int word = 0; word < masks->open.kWords; ++word) {
-      masks->certain.words[word] |= of_bin.certain.words[word];
-    }
+    masks->certain.Add(of_bin.certain);
     masks->open = of_bin.open;
     estimate.above += above;
     estimate.bracket = bins.Keys(bin, bin, outer);
@@ -675,10 +676,7 @@ __device__ __forceinline__ ShortSelection<T, kTurns> SelectElements(
           selection.ties = masks.open;
           selection.num_ties = rank;
         } else {
-#pragma unroll
-          for (int word = 0; word < masks.open.kWords; ++word) {
-            selection.selected.words[word] |= masks.open.words[word];
-          }
+          selection.selected.Add(masks.open);
         }
         return selection;
       }

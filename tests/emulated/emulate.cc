@@ -75,9 +75,11 @@ struct Message {
   uint32_t barrier_offset;
 };
 
+using Kernel = void (*)(const TopKArgs&);
+
 struct Emulator {
   const TopKArgs* args;
-  void (*kernel)(const TopKArgs&);
+  Kernel kernel;
   Schedule schedule;
   std::mt19937 random;
   std::vector<Block> blocks;
@@ -267,8 +269,6 @@ std::string RunCluster() {
   if (!e.messages.empty()) Fail("messages left undelivered at the end");
   return e.error;
 }
-
-using Kernel = void (*)(const TopKArgs&);
 
 template <typename T>
 Kernel FindKernel(bool is_sorted, bool has_clusters) {
