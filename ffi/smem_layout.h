@@ -7,7 +7,8 @@
 // the candidates lie in B. A longer share is streamed through rings of tiles in A, one per warp,
 // into lists of (key, position) in B; once the rings are dead, the candidates lie in A. They are
 //
-//   gathered candidate keys of the whole row | own candidate keys, later the staged output
+//   gathered candidate keys of the whole row | own candidate keys, later the staged output |
+//   numbers of candidates by the bins that they are spread over
 //
 // The reuse is safe across the CTAs of a cluster: a CTA sends candidates only after every peer has
 // announced its counts, and a peer announces them after its last read of its ring.
@@ -83,6 +84,13 @@ inline constexpr int kMaxByOwner = 8;
 inline constexpr int64_t kRankedBytes = kMaxDirect * 4;
 static_assert(kMaxByOwner * 8 <= kRankedBytes, "keys and positions");
 
+// Bins over which candidates are spread, and how many each keeps: the first of all bins lie
+// together, then the second. With the stride as it is, those of one bin lie in different banks.
+inline constexpr int kPivotBins = 256;
+inline constexpr uint32_t kKeptPerBin = 32;  // one for each lane of a warp
+inline constexpr uint32_t kKeptStride = kPivotBins + 2;
+inline constexpr int64_t kKeptBytes = kKeptPerBin * kKeptStride * 2;
+
 // What sorting `count` pairs takes, besides the pairs: room for them in bins, a place for each word
 // of the histogram, and lists of bins that hold several, for each warp as long as all its pairs.
 constexpr int64_t SortBytes(int64_t count) {
@@ -95,6 +103,7 @@ struct SmemLayout {
   int64_t b;
   int32_t num_chunks;   // of the list
   int64_t own;          // from the start of the candidates: uint32[list_capacity], or the output
+  int64_t kept;         // from there: uint16[kKeptPerBin][kKeptStride]
   bool has_large_tile;  // there is room for one, and for the output behind it
   int64_t total_bytes;
 };
@@ -108,7 +117,9 @@ constexpr SmemLayout MakeSmemLayout(int cluster_size, int num_stages, int64_t li
   const int64_t gathered_bytes = cluster_size == 1 ? 0 : (list_capacity + 4 * cluster_size) * 4;
   const int64_t own_bytes = larger(larger(list_capacity * 4, NextPowerOfTwo(k) * 8), kRankedBytes);
   const int64_t own_offset = cluster_size == 1 ? 0 : larger(gathered_bytes, kSumBytes);
-  const int64_t candidates_bytes = own_offset + own_bytes;
+  // Behind the output if others of the cluster may send theirs meanwhile.
+  const int64_t kept = cluster_size == 1 ? list_capacity * 4 : own_bytes;
+  const int64_t candidates_bytes = own_offset + larger(own_bytes, kept + kKeptBytes);
   SmemLayout layout{};
   layout.num_chunks = static_cast<int32_t>(NumChunks(list_capacity));
   layout.bins = kHeaderBytes;
@@ -119,6 +130,7 @@ constexpr SmemLayout MakeSmemLayout(int cluster_size, int num_stages, int64_t li
   // Behind the histograms of the cluster too: a CTA may still collect keys for a bracket that a
   // peer has found wrong.
   layout.own = own_offset;
+  layout.kept = kept;
   layout.total_bytes =
       layout.b + AlignUp(larger(larger(ListBytes(list_capacity), cluster_size == 1 ? 0 : kSumBytes),
                                 either_bytes),

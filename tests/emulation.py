@@ -100,6 +100,19 @@ def top_k(
     return (values if with_values else None), indices
 
 
+def even_bins(
+    library: ctypes.CDLL, lowest: int, highest: int, keys: np.ndarray
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Returns the bins of `keys` [count] of a bracket, their lowest and their highest keys."""
+    keys = np.ascontiguousarray(keys, np.uint32)
+    results = tuple(np.empty_like(keys) for _ in range(3))
+    library.jax_topk_even_bins(
+        ctypes.c_uint32(lowest), ctypes.c_uint32(highest), ctypes.c_void_p(keys.ctypes.data),
+        len(keys), *(ctypes.c_void_p(result.ctypes.data) for result in results),
+    )  # fmt: skip
+    return results
+
+
 def pair_bins(
     library: ctypes.CDLL, keys: np.ndarray, *, attempt: int, is_float32: bool
 ) -> np.ndarray:

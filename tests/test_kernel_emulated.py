@@ -381,6 +381,88 @@ def test_bins_of_a_sort_keep_the_order(library, attempt, is_float32):
         assert np.all(in_order[1:] >= in_order[:-1])
 
 
+def test_bins_of_candidates_share_out_their_bracket(library):
+    """Each bin holds the keys that it is said to hold, and few keys have a bin each."""
+    rng = np.random.default_rng(21)
+    for _ in range(3000):
+        span = min(int(2 ** rng.uniform(0, 32)), 2**32 - 1)
+        lowest = int(rng.integers(0, 2**32 - span))
+        keys = lowest + rng.integers(0, span + 1, size=300)
+        keys[:2] = lowest, lowest + span
+        bins, lowest_of, highest_of = emulation.even_bins(library, lowest, lowest + span, keys)
+        assert (bins[1] == 0 and 127 <= bins[0] < 256) or span < 127
+        assert np.all((lowest_of <= keys) & (keys <= highest_of))
+        for ends in (lowest_of, highest_of):
+            assert np.array_equal(
+                emulation.even_bins(library, lowest, lowest + span, ends)[0], bins
+            )
+        above = highest_of[highest_of < lowest + span].astype(np.int64) + 1
+        in_next = emulation.even_bins(library, lowest, lowest + span, above)[0]
+        assert np.all(in_next < bins[highest_of < lowest + span])
+        if span < 256:
+            assert np.array_equal(lowest_of, highest_of)
+
+
+# Long rows by one CTA and by several, in tiles and streamed.
+LONG = ["path=sample,cluster=1", "path=sample,cluster=3,part=100", "path=sample,cluster=2,stages=1"]
+
+
+@pytest.mark.parametrize("is_sorted", [False, True])
+@pytest.mark.parametrize("plan", LONG)
+@pytest.mark.parametrize("num_keys", [1, 2, 31, 1000])
+def test_candidates_that_meet_in_a_bin(library, num_keys, plan, is_sorted):
+    """As many as a bin keeps, one more, and many more, of `num_keys` neighbouring keys.
+
+    Everywhere in the row or side by side, for the CTAs that have none of them count the others.
+    """
+    rng = np.random.default_rng([22, num_keys])
+    low = np.float32(1).view(np.int32)
+    for width, count in ((9000, 31), (9000, 32), (24_000, 33), (9000, 34), (24_000, 700)):
+        x = rng.uniform(-1.5, 1.1, size=width).astype(np.float32)
+        crowd = (low + 7 + rng.integers(0, num_keys, size=count).astype(np.int32)).view(np.float32)
+        first = int(rng.integers(width - count))
+        x[first : first + count] = crowd
+        above = int((x > crowd.max()).sum())
+        for rank in (1, count // 2, count):
+            check(library, x[None], above + rank, plan=plan, is_sorted=is_sorted)
+        x = rng.permutation(x)
+        for rank in (2, count - 1):
+            check(library, x[None], above + rank, plan=plan, is_sorted=is_sorted)
+            check(library, -x[None], above + rank, plan=plan, is_sorted=is_sorted, smallest=True)
+
+
+def test_padding_is_no_tie_of_the_lowest_candidate(library):
+    """Many ties of the lowest key of a bracket, which one CTA takes for few, behind padding."""
+    rng = np.random.default_rng(24)
+    for seed in range(6):
+        x = rng.uniform(-2, -1, size=9000)
+        for cta, num_ties in enumerate((43, 60, 250)):
+            own = 3000 * cta + rng.permutation(3000)[: 150 + num_ties]
+            x[own[:150]] = 1 + rng.integers(1, 32, size=150) / 128
+            x[own[150:]] = 1
+        x = x.astype(jnp.bfloat16)[None]
+        for num_ties in (60, 100):
+            check(library, x, 450 + num_ties, plan="path=sample,cluster=3,part=100", seed=seed)
+
+
+@pytest.mark.parametrize("schedule", emulation.SCHEDULES)
+@pytest.mark.parametrize("plan", LONG)
+def test_candidates_with_many_ties(library, plan, schedule):
+    """Half of the candidates are few values, so that they are only counted at first."""
+    rng = np.random.default_rng(23)
+    width, k = 24_000, 2000
+    x = rng.normal(size=(2, width)).astype(np.float32)
+    threshold = np.sort(x[0])[-k]
+    step = np.float32(1e-6)
+    for row, num_values in enumerate((1, 3)):
+        near = np.flatnonzero(np.abs(x[row] - threshold) < 0.1)
+        tied = rng.permutation(near)[: len(near) // 2]
+        x[row, tied] = threshold + step * rng.integers(0, num_values, size=len(tied))
+    for rank in (k - 300, k, k + 40):
+        check(library, x, rank, plan=plan, schedule=schedule)
+        check(library, x, rank, plan=plan, schedule=schedule, is_sorted=True)
+
+
 def far_outliers(rng: np.random.Generator, width: int) -> np.ndarray:
     """A half of it spans many octaves, down to zero, and three values lie far above the rest."""
     x = rng.normal(size=width)
@@ -460,16 +542,18 @@ def values_in_one_bin(rng, count: int, pattern: str) -> np.ndarray:
         bits = low + rng.permutation(2**18)[:count]
     elif pattern == "pairs":
         bits = low + 2048 * (rng.permutation(2**18)[:count] // 2048) + 7
-    elif pattern == "fours":  # as many as a bin has room for
-        bits = low + 2048 * (np.arange(count) // 4 % 128) + rng.integers(0, 2048, count)
-    elif pattern == "fives":  # one more
+    elif pattern == "fives":  # more than a vector
         bits = low + 2048 * (np.arange(count) // 5 % 128) + rng.integers(0, 2048, count)
+    elif pattern == "eights":  # as many as a bin has room for
+        bits = low + 2048 * (np.arange(count) // 8 % 128) + rng.integers(0, 2048, count)
+    elif pattern == "nines":  # one more
+        bits = low + 2048 * (np.arange(count) // 9 % 128) + rng.integers(0, 2048, count)
     else:  # "crowd": all in one of the 128
         bits = low + 2048 * 77 + rng.integers(0, 2048, count)
     return bits.astype(np.int32).view(np.float32)
 
 
-@pytest.mark.parametrize("pattern", ["spread", "pairs", "fours", "fives", "crowd"])
+@pytest.mark.parametrize("pattern", ["spread", "pairs", "fives", "eights", "nines", "crowd"])
 def test_open_elements_of_a_short_row(library, pattern):
     """The threshold lies among 8, 9, ... 257 elements of one coarse bin, of either sign."""
     rng = np.random.default_rng(11)
@@ -484,6 +568,23 @@ def test_open_elements_of_a_short_row(library, pattern):
             if width <= 4000:  # the bin is below zero, and all but forty are better
                 check(library, -x, width - 40 - rank, plan="cluster=1")
                 check(library, x, width - 40 - rank, plan="cluster=1", smallest=True)
+
+
+@pytest.mark.parametrize("schedule", emulation.SCHEDULES)
+@pytest.mark.parametrize("dtype", DTYPES[1:], ids=lambda dtype: np.dtype(dtype).name)
+def test_open_elements_of_a_short_row_of_16_bit_values(library, dtype, schedule):
+    """They have few keys: as many of each as come together, and one more than is counted so."""
+    rng = np.random.default_rng(15)
+    for width, count in ((3000, 9), (7000, 97), (9300, 700), (12_000, 1024), (12_000, 1025)):
+        x = rng.uniform(-0.9, 0.9, size=width)
+        x[:40] = rng.uniform(1.1, 3, size=40)
+        x[40 : 40 + count] = 1 + rng.integers(0, 32, size=count) / 1024  # bfloat16 has four of them
+        x = rng.permutation(x).astype(dtype)[None]
+        for rank in (1, count // 2, count):
+            check(library, x, 40 + rank, plan="cluster=1", schedule=schedule)
+            check(library, -x, 40 + rank, plan="cluster=1", smallest=True)
+            if width <= 3000:  # the bin is below zero, and all but forty are better
+                check(library, -x, width - 40 - rank, plan="cluster=1")
 
 
 @pytest.mark.parametrize(("value", "above"), [(1e30, 0), (1e-30, 40), (-1e-30, 40), (-1e30, 3900)])

@@ -41,7 +41,6 @@ struct alignas(8) PartCounts {
   uint32_t open;
 };
 
-constexpr int kMaxFinalists = 32;
 constexpr int kMaxCountWords = 3;  // see TurnCounts
 
 // The barriers of a cluster, in SharedHeader.
@@ -62,9 +61,6 @@ struct SharedHeader {
   uint2 ranges[2];               // of keys seen, see CountAndSeeRange and CountInside
   uint32_t num_chunks;           // of the lists, taken so far
   uint32_t num_own;              // open keys that were copied from them
-  uint32_t num_finalists;
-  uint32_t greater_before;
-  uint32_t equal_before;
   uint32_t pivot_key;
   uint32_t pivot_ties;                            // see RankDirectly
   uint32_t crowd;                                 // a bin of pairs overflowed, see CountPairs
@@ -76,8 +72,6 @@ struct SharedHeader {
   uint32_t warp_listed[kWarps];                   // entries of each warp's list
   uint32_t warp_totals[2][kWarps];
   uint32_t bin_totals[kBinThreads / 32];
-  alignas(16) uint32_t finalists[kMaxFinalists];  // zero where there is none
-  uint32_t finalist_is_before[kMaxFinalists];
   PartCounts records[2][kMaxClusterSize];  // of every CTA of the row, per attempt
 };
 static_assert(sizeof(SharedHeader) <= kHeaderBytes, "the header outgrew its place");
@@ -130,14 +124,11 @@ __device__ __forceinline__ uint32_t WarpInclusiveSum(int lane, uint32_t value) {
 }
 
 // A CTA's own open keys fill whole vectors: behind them come zeros, the lowest key there is, up to
-// `num_padded`. Few enough to be ranked directly, they fill one chunk or two.
+// `num_padded`. Of a short row, few enough to be ranked directly, they fill one chunk or two.
 __device__ __forceinline__ uint32_t PadToVector(uint32_t count) { return (count + 3) & ~3u; }
 constexpr uint32_t kDirectChunk = kMaxDirect / 2;
 __device__ __forceinline__ uint32_t PadToChunk(uint32_t count) {
   return count <= kDirectChunk ? kDirectChunk : kMaxDirect;
-}
-__device__ __forceinline__ uint32_t PadOwn(uint32_t count) {
-  return count <= kMaxDirect ? PadToChunk(count) : PadToVector(count);
 }
 __device__ __forceinline__ void PadOpenKeys(const Cta& cta, uint32_t num_open,
                                             uint32_t num_padded) {
@@ -246,13 +237,13 @@ struct BinCounts {
   __device__ __forceinline__ static int SwappedFirst(int thread) { return thread >> 2 & 1; }
 };
 
-// Finds the bins that hold ranks (1-based, from the top; clamped to 1 .. total): `keys_of(bin)`
-// gives the keys of a bin, counted from the top. In: complete counts, ordered by a barrier, not all
-// zero. Out: the bins, known to all threads; the histogram is zero again. Returns the total. Two
-// barriers.
+// Finds the bins that hold ranks (1-based, from the top): `keys_of(bin)` gives the keys of a bin,
+// counted from the top. In: complete counts, ordered by a barrier, not all zero. Out: the bins,
+// known to all threads; the histogram is zero again. Two barriers. `kMayBeBeyond`: ranks are
+// clamped to 1 .. total, which is returned; otherwise they are in that range.
 //
 // Only the warps in which a rank falls look further than at their sums.
-template <int kRanks, typename KeysOf>
+template <bool kMayBeBeyond, int kRanks, typename KeysOf>
 __device__ __forceinline__ uint32_t FindRanks(const Cta& cta, const uint32_t (&ranks)[kRanks],
                                               KeysOf keys_of, Estimate (&found)[kRanks]) {
   static_assert(kRanks <= 2, "the header has room for two");
@@ -271,14 +262,14 @@ __device__ __forceinline__ uint32_t FindRanks(const Cta& cta, const uint32_t (&r
   }
   SyncThreads();  // totals before their reads
   const uint32_t of_warp = cta.lane < kSearchWarps ? totals[cta.lane] : 0;
-  const uint32_t total = WarpSum(of_warp);
+  const uint32_t total = kMayBeBeyond ? WarpSum(of_warp) : 0;
   if (has_bins) {
     before += WarpSum(cta.lane < cta.warp ? of_warp : 0);
     uint32_t inner[kRanks];
     uint32_t held = 0;
 #pragma unroll
     for (int i = 0; i < kRanks; ++i) {
-      inner[i] = max(min(ranks[i], total), 1u) - 1 - before;
+      inner[i] = (kMayBeBeyond ? max(min(ranks[i], total), 1u) : ranks[i]) - 1 - before;
       // Unsigned: ranks before these bins are as wrong as those behind them.
       if (inner[i] < counts.sum) held |= 1u << i;
     }
@@ -301,10 +292,10 @@ __device__ __forceinline__ uint32_t FindRanks(const Cta& cta, const uint32_t (&r
 }
 
 // The same for one rank.
-template <typename KeysOf>
+template <bool kMayBeBeyond, typename KeysOf>
 __device__ __forceinline__ Estimate FindRank(const Cta& cta, uint32_t rank, KeysOf keys_of) {
   Estimate found[1];
-  FindRanks(cta, {rank}, keys_of, found);
+  FindRanks<kMayBeBeyond>(cta, {rank}, keys_of, found);
   return found[0];
 }
 

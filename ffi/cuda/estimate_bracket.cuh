@@ -255,7 +255,7 @@ __device__ __forceinline__ Estimate RefineEstimate(Cta& cta, const RowWindow& wi
     const LinearBins bins(outer);
     const Bracket seen = CountAndSeeRange<T>(cta, window, sample, outer, low, bins, flip, i & 1);
     Estimate found[2];
-    FindRanks(
+    FindRanks<true>(
         cta, {has_high ? goal.ranks.high - above : 1, goal.ranks.low - above},
         [&](uint32_t bin) { return bins.Keys(bin, bin, outer); }, found);
     const Estimate &high_bin = found[0], &low_bin = found[1];
@@ -291,7 +291,7 @@ __device__ __forceinline__ Bracket EstimateBracket(Cta& cta, const RowWindow& wi
   });
   SyncThreads();  // counts before the search
   Estimate found[2];
-  const uint32_t num_visited = FindRanks(
+  const uint32_t num_visited = FindRanks<true>(
       cta, {goal.ranks.high, goal.ranks.low}, [](uint32_t bin) { return CoarseKeys<T>(bin); },
       found);
   const Estimate &high = found[0], &low = found[1];

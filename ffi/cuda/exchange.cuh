@@ -84,13 +84,12 @@ struct CtaRange {
   int last;
 };
 
-// Gives each of `ctas`, of which this is one, the open keys of all of them: cta.gathered then holds
-// them by CTA, each CTA's share as it collected and padded them. In: own open keys complete,
-// ordered by a barrier. `own_is_needed`: the CTAs send to cta.own of CTA 0 next, and must not
-// before it has read its own keys for the last time.
-__device__ __forceinline__ void GatherCandidates(Cta& cta, const PartCounts& mine,
-                                                 const RowCounts& row, const CtaRange& ctas,
-                                                 bool own_is_needed) {
+// Gives each of `ctas`, of which this is one, the open keys of all of them. In: own open keys
+// complete, ordered by a barrier. `own_is_needed`: the CTAs send to cta.own of CTA 0 next, and must
+// not before it has read its own keys for the last time.
+__device__ __forceinline__ void SendCandidates(Cta& cta, const PartCounts& mine,
+                                               const RowCounts& row, const CtaRange& ctas,
+                                               bool own_is_needed) {
   if (cta.thread == 0) {
     BarrierExpect(&cta.header->barriers[kCandidatesBarrier],
                   row.padded_open * sizeof(uint32_t) + (own_is_needed ? sizeof(uint2) : 0));
@@ -116,6 +115,11 @@ __device__ __forceinline__ void GatherCandidates(Cta& cta, const PartCounts& min
                 RemoteAddress(&cta.header->barriers[kCandidatesBarrier], cta.thread));
     }
   }
+}
+
+// Waits for the open keys of all of them: cta.gathered then holds them by CTA, each CTA's share as
+// it collected and padded them.
+__device__ __forceinline__ void AwaitCandidates(const Cta& cta) {
   BarrierWait(&cta.header->barriers[kCandidatesBarrier], 0);
 }
 

@@ -164,7 +164,7 @@ __device__ __forceinline__ bool IsDense(uint32_t num_open) { return num_open > 2
 template <typename T>
 __device__ __forceinline__ void CollectOpenKeys(const Cta& cta, const Run& run, uint32_t open,
                                                 uint32_t num_open, uint32_t flip) {
-  PadOpenKeys(cta, num_open, PadOwn(num_open));
+  PadOpenKeys(cta, num_open, PadToVector(num_open));
   if (open == 0) return;
   uint32_t* place = reinterpret_cast<uint32_t*>(cta.own) +
                     FetchAndAdd(&cta.header->num_own, static_cast<uint32_t>(__popc(open)));

@@ -8,10 +8,11 @@
 
 namespace jax_topk {
 
-// Two CTAs per SM: while one waits for memory or a barrier the other works, and a cluster of 16 or
-// 8 finds room where one CTA per SM would leave it waiting.
+// Two CTAs per SM where each has a row to itself: while one waits for memory or a barrier the other
+// works. The plan gives a CTA of a cluster an SM of its own, and with it all registers.
 template <typename T, bool kIsSorted, bool kHasClusters>
-__global__ void __launch_bounds__(kThreads, 2) TopKKernel(const __grid_constant__ TopKArgs args) {
+__global__ void __launch_bounds__(kThreads, kHasClusters ? 1 : 2)
+    TopKKernel(const __grid_constant__ TopKArgs args) {
   if constexpr (JAX_TOPK_HAS_CLUSTERS || !kHasClusters) {
     SelectRow<T, kIsSorted, kHasClusters>(args);
   } else {

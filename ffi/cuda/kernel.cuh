@@ -58,17 +58,10 @@ __device__ __forceinline__ void InitCta(const Cta& cta) {
   if (cta.thread == kThreads - 1) {  // of a warp that has no barrier to do
     header->num_chunks = 0;
     header->num_own = 0;
-    header->num_finalists = 0;
-    header->greater_before = 0;
-    header->equal_before = 0;
     header->ranges[0] = make_uint2(~0u, 0);
     header->ranges[1] = make_uint2(~0u, ~0u);
     header->pivot_key = 0;
     header->pivot_ties = 0;
-  }
-  if (cta.warp == 2) {
-    header->finalists[cta.lane] = 0;
-    header->finalist_is_before[cta.lane] = 0;
   }
   ClearBins(cta);
 }
@@ -99,18 +92,30 @@ __device__ __forceinline__ void FinishRow(Cta& cta, const TopKArgs& args, Source
       if (cta.rank > ctas.last) selection.greater_before += rank;
       selection.num_ties = selection.equal_before = 0;
     } else {
-      Candidates candidates{reinterpret_cast<const uint32_t*>(cta.own), PadToVector(row.open), 0};
-      if (ctas.first != ctas.last) {
-        GatherCandidates(cta, mine, row, ctas, output.is_sorted);
-        candidates = Candidates{cta.gathered, row.padded_open, row.padded_open_before};
+      Candidates candidates{reinterpret_cast<const uint32_t*>(cta.own), PadToVector(row.open), 0,
+                            0};
+      bool has_ties = false;
+      const bool is_shared = ctas.first != ctas.last;
+      const auto look_for_ties = [&] {
+        if (mine.open >= 32) has_ties = HasManyTies(candidates.keys, cta.lane);
+      };
+      const EvenBins bins(bracket);
+      if (output.is_sorted) look_for_ties();  // before others may overwrite own open keys
+      if (is_shared) SendCandidates(cta, mine, row, ctas, output.is_sorted);
+      if (!output.is_sorted) look_for_ties();  // while the candidates are on their way
+      if (is_shared) {
+        AwaitCandidates(cta);
+        candidates = Candidates{cta.gathered, row.padded_open, row.padded_open_before,
+                                row.padded_open_before - row.open_before};
       }
-      const Pivot pivot = FindPivot(cta, candidates, bracket, rank);
+      auto* kept = reinterpret_cast<uint16_t*>(cta.own + args.layout.kept);
+      const Pivot pivot = FindPivot(cta, candidates, bins, rank, kept, has_ties);
       selection.pivot = pivot.key;
       selection.num_ties = pivot.num_ties;
       selection.greater_before += pivot.greater_before;
       selection.equal_before = pivot.equal_before;
       // The padding of the shares is zero, which is also the lowest key.
-      if (pivot.key == 0) selection.equal_before -= row.padded_open_before - row.open_before;
+      if (pivot.key == 0) selection.equal_before -= candidates.padding_before;
     }
   }
   WriteRow<T>(cta, source, selection, mine.open, output);
@@ -154,9 +159,9 @@ __device__ __forceinline__ bool IsAllAboveKept(const Bracket& bracket, const Row
 // A row of which every CTA's part fits one tile: it is read once and stays in shared memory.
 template <typename T>
 __device__ __forceinline__ void SelectResidentRow(Cta& cta, const TopKArgs& args,
-                                                  const RowWindow& window, const Part& part,
-                                                  int32_t per_thread, const RowOutput<T>& output) {
-  Sample<T> sample(cta.thread, window);
+                                                  const RowWindow& window, Sample<T>& sample,
+                                                  const Part& part, int32_t per_thread,
+                                                  const RowOutput<T>& output) {
   const bool is_spaced = per_thread == kMaxRunVectors<T>;
   CopyTile<T>(cta, window, part.first, part.last, is_spaced, cta.tiles);
   CopyAsyncCommit();
@@ -197,9 +202,8 @@ __device__ __forceinline__ void SelectResidentRow(Cta& cta, const TopKArgs& args
 // A row whose parts are streamed: elements at or above the bracket are kept in lists.
 template <typename T>
 __device__ __forceinline__ void SelectStreamedRow(Cta& cta, const TopKArgs& args,
-                                                  const RowWindow& window, const Part& part,
-                                                  const RowOutput<T>& output) {
-  Sample<T> sample(cta.thread, window);
+                                                  const RowWindow& window, Sample<T>& sample,
+                                                  const Part& part, const RowOutput<T>& output) {
   StreamSource<T> source{window, part, MakeListPool(cta, args.layout), {}, {}, output.flip};
   WarpPart warp = MakeWarpPart(cta, part);
   StartStream<T>(cta, window, warp.part, args.num_stages);
@@ -239,7 +243,7 @@ __device__ __forceinline__ void SelectStreamedRow(Cta& cta, const TopKArgs& args
   SyncThreads();  // the order of the chunks before its reads
   if (!source.bracket.IsSingleKey()) {
     CopyOpenKeys(cta, source.pool, source.bracket.highest);
-    PadOpenKeys(cta, source.counts.open, PadOwn(source.counts.open));
+    PadOpenKeys(cta, source.counts.open, PadToVector(source.counts.open));
     SyncThreads();  // own open keys before their reads
   }
   FinishRow<T>(cta, args, source, source.bracket, source.counts, row, output);
@@ -277,6 +281,8 @@ __device__ __forceinline__ bool SelectWindow(Cta& cta, const TopKArgs& args,
     }
     return true;
   }
+  // Its loads come first: what follows takes as long as they do.
+  Sample<T> sample(cta.thread, window);
   int32_t each = window.num_vectors;
   if (kHasClusters) {
     each = VectorsPerCta(args, window.num_vectors);
@@ -293,9 +299,9 @@ __device__ __forceinline__ bool SelectWindow(Cta& cta, const TopKArgs& args,
   static_assert(kSpacedBytes <= 2 * kMaxTileBytes, "where two tiles have room");
   if (each <= kThreads * T::kMaxVectors ||
       (args.num_stages > 1 && each <= kThreads * kMaxRunVectors<T>)) {
-    SelectResidentRow<T>(cta, args, window, part, VectorsPerThread<T>(each), output);
+    SelectResidentRow<T>(cta, args, window, sample, part, VectorsPerThread<T>(each), output);
   } else {
-    SelectStreamedRow<T>(cta, args, window, part, output);
+    SelectStreamedRow<T>(cta, args, window, sample, part, output);
   }
   return cta.rank == 0;
 }

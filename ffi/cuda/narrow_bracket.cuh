@@ -71,8 +71,8 @@ __device__ __forceinline__ Bracket NarrowBracket(Cta& cta, const RowWindow& wind
     SyncThreads();  // counts before the sum and the search
     if (cta.num_active > 1) SumBins(cta, round & 1);
     const Bracket outer = known.keys;
-    const Estimate found =
-        FindRank(cta, k - known.above, [&](uint32_t bin) { return bins.Keys(bin, bin, outer); });
+    const Estimate found = FindRank<true>(cta, k - known.above,
+                                          [&](uint32_t bin) { return bins.Keys(bin, bin, outer); });
     known.keys = found.bracket;
     known.above += found.above;
     known.inside = found.inside;

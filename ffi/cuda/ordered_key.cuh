@@ -116,7 +116,9 @@ struct FloatSteps {
 };
 static_assert(FloatSteps::kScale == 4, "Fourfold needs no shift");
 
-// kWidestEven: the widest range of keys whose pairs SortPairs spreads evenly by key.
+// kWidestEven: the widest range of keys whose pairs SortPairs spreads evenly by key. kKeysPerStep:
+// of the 16-bit types, keys of a coarse bin that is no end of a half; they differ in their low
+// bits.
 struct Float32 : KeyOrder<uint32_t> {
   static constexpr int kMaxVectors = jax_topk::kMaxVectors;
   static constexpr uint32_t kWidestEven = 24u << 23;
@@ -132,6 +134,7 @@ struct Float32 : KeyOrder<uint32_t> {
 struct BFloat16 : KeyOrder<uint16_t> {
   static constexpr int kMaxVectors = 3;
   static constexpr uint32_t kWidestEven = 24u << 7;
+  static constexpr uint32_t kKeysPerStep = FloatSteps::kScale;
   static constexpr uint32_t kInfinity = 0x7f80u;
   __device__ __forceinline__ static uint32_t FourfoldSteps(uint32_t halves) {
     return FloatSteps::Fourfold(halves);
@@ -144,12 +147,15 @@ struct BFloat16 : KeyOrder<uint16_t> {
 struct Float16 : KeyOrder<uint16_t> {
   static constexpr int kMaxVectors = 3;
   static constexpr uint32_t kWidestEven = kMaxKey;
+  static constexpr uint32_t kKeysPerStep = 32;
   static constexpr uint32_t kInfinity = 0x7c00u;
-  // 2^15 magnitudes over kHalfBins steps: a step is 32.
+  // 2^15 magnitudes over kHalfBins steps.
   __device__ __forceinline__ static uint32_t FourfoldSteps(uint32_t halves) {
     return halves >> 3 & BothHalves(4 * kHalfBins - 4);
   }
-  __device__ __forceinline__ static uint32_t StepMagnitude(uint32_t step) { return step * 32; }
+  __device__ __forceinline__ static uint32_t StepMagnitude(uint32_t step) {
+    return step * kKeysPerStep;
+  }
 };
 
 // The lowest key of coarse bin `from_top`, 0 being the bin of the largest keys.

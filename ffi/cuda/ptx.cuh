@@ -164,7 +164,11 @@ __device__ __forceinline__ uint32_t AddBytes(uint32_t sum, uint32_t bytes) {
 }
 
 // Approximate, a few units in the last place: for guesses that are verified.
-__device__ __forceinline__ float FastDivide(float a, float b) { return __fdividef(a, b); }
+__device__ __forceinline__ float FastDivide(float a, float b) {
+  float reciprocal;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(reciprocal) : "f"(b));
+  return a * reciprocal;
+}
 __device__ __forceinline__ float FastSquareRoot(float a) { return a * rsqrtf(a); }
 
 // --- Pairs of 16-bit values in one register (single instructions on sm_90) -----------------------

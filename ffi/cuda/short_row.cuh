@@ -154,10 +154,12 @@ struct ShortTile {
                              : LoadShared(slots + turn * kThreads);
   }
 
-  __device__ __forceinline__ int32_t Position(int i) const {
-    return position + i / T::kPerVector * (kThreads * T::kPerVector) + i % T::kPerVector;
+  // By number, without a sign so that divisions are shifts.
+  __device__ __forceinline__ int32_t Position(uint32_t i) const {
+    return position +
+           static_cast<int32_t>(i / T::kPerVector * (kThreads * T::kPerVector) + i % T::kPerVector);
   }
-  __device__ __forceinline__ uint32_t Key(int i) const {
+  __device__ __forceinline__ uint32_t Key(uint32_t i) const {
     const uint4* vector = slots + i / T::kPerVector * kThreads;
     if constexpr (T::kBytes == 4) {
       return T::Key(reinterpret_cast<const uint32_t*>(vector)[i % T::kPerVector], flip);
@@ -335,7 +337,7 @@ __device__ __forceinline__ Estimate NarrowCrowded(const Cta& cta, const ShortTil
     }
     const uint32_t above = estimate.above;
     const Bracket outer = estimate.bracket;
-    estimate = FindRank(cta, rank - above, BinItself);
+    estimate = FindRank<false>(cta, rank - above, BinItself);
     const uint32_t bin = estimate.bracket.lowest;
     const TurnMasks<T, kTurns> of_bin = of_tile.MasksOf(bin, bin + 1);
     masks->certain.Add(of_bin.certain);
@@ -542,6 +544,37 @@ __device__ __forceinline__ void WriteShortRow(Cta& cta, const ShortTile<T, kTurn
   }
 }
 
+// Two of a thread's open elements, so that they are waited for together.
+struct OpenPair {
+  uint32_t bits[2];  // in their words; zero if there is none, which the first one may be too
+  uint32_t words[2];
+  uint32_t elements[2];  // any if there is none
+};
+// Calls visit(pair) for all of them: two of a word, or one of each of two words.
+template <typename T, int kTurns, typename Visit>
+__device__ __forceinline__ void VisitOpenPairs(const TurnBits<T, kTurns>& open, Visit visit) {
+  constexpr int kLast = open.kWords - 1;
+  static_assert(kLast <= 1, "at most two words");
+  uint32_t left = open.words[0], others = kLast == 0 ? 0 : open.words[kLast];
+#pragma unroll 1
+  while ((left | others) != 0) {
+    OpenPair pair;
+    pair.bits[0] = left & (0 - left);
+    left ^= pair.bits[0];
+    uint32_t& second = kLast == 0 ? left : others;
+    pair.bits[1] = second & (0 - second);
+    second ^= pair.bits[1];
+    pair.words[0] = 0;
+    pair.words[1] = kLast;
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      pair.elements[i] =
+          32 * pair.words[i] + static_cast<uint32_t>(max(__ffs(pair.bits[i]), 1) - 1);
+    }
+    visit(pair);
+  }
+}
+
 // Calls visit(word, bit, element) for a thread's open elements.
 template <typename T, int kTurns, typename Visit>
 __device__ __forceinline__ void VisitOpen(const TurnBits<T, kTurns>& open, Visit visit) {
@@ -556,7 +589,7 @@ __device__ __forceinline__ void VisitOpen(const TurnBits<T, kTurns>& open, Visit
 
 // Whether an element is among the `rank` first of `count` open ones: by key, and of equal keys by
 // position. Asked by the thread that has it, of at most kMaxByOwner: so all learn at once what is
-// selected of their own. `keys`: kMaxByOwner of them, zeros behind the last.
+// selected of their own. `keys`: kMaxByOwner of them, zeros behind the last; none is zero.
 __device__ __forceinline__ bool IsAmongFirst(const uint32_t* keys, const uint32_t* positions,
                                              uint32_t count, uint32_t key, uint32_t position,
                                              uint32_t rank) {
@@ -566,7 +599,7 @@ __device__ __forceinline__ bool IsAmongFirst(const uint32_t* keys, const uint32_
   KeysAhead ahead;
   ahead.Count(first, key);
   ahead.Count(second, key);
-  const bool has_ties = key == 0 || (ahead.greater < rank && rank < ahead.reached);
+  const bool has_ties = ahead.greater < rank && rank < ahead.reached;
   if (!Unlikely(has_ties)) return ahead.greater < rank;
   uint32_t before = 0;
 #pragma unroll 1
@@ -576,39 +609,75 @@ __device__ __forceinline__ bool IsAmongFirst(const uint32_t* keys, const uint32_
   return before < rank;
 }
 
-// Bins that spread the open elements, and the most that are spread: of fewer than twice the bins
-// hardly any bin has more keys than it has room for.
+// Bins that spread the open elements, the keys that each has room for, and the most elements that
+// are spread: of so few hardly any bin has more keys than room.
 constexpr int kSpreadBins = 128;
-constexpr uint32_t kMaxSpread = 2 * kSpreadBins;
-
-// Whether the keys of a coarse bin can be spread by the seven bits that follow those which they
-// have in common. Of the 16-bit types few keys share a bin, and of float32 those of the bins at the
-// ends of either half have less in common.
+constexpr uint32_t kKeysPerBin = 8;
 template <typename T>
+constexpr uint32_t kMaxSpread = T::kBits == 32 ? 2 * kSpreadBins : 1024;
+
+// Whether the keys of a coarse bin have all but their low bits in common: those at the ends of
+// either half may not.
 __device__ __forceinline__ bool IsSpreadable(uint32_t coarse_bin) {
-  return T::kBits == 32 && (coarse_bin + 1) % kHalfBins > 1;
+  return (coarse_bin + 1) % kHalfBins > 1;
 }
 
-// Finds the key of a rank (1-based) among the open elements of a spreadable bin, by bins of their
-// own, which keep up to four keys each. Returns whether the rank's bin had room for all of its own.
-// In: the histogram is zero, ordered by a barrier. Two barriers.
+// Finds the key of a rank (1-based) among the open elements of a spreadable bin of a 16-bit type,
+// by counting each of its keys. In: the histogram is zero, ordered by a barrier. One barrier.
+template <typename T, int kTurns>
+__device__ __forceinline__ DirectPivot RankByCounting(const Cta& cta,
+                                                      const ShortTile<T, kTurns>& tile,
+                                                      const TurnBits<T, kTurns>& open,
+                                                      uint32_t coarse_bin, uint32_t rank) {
+  static_assert(T::kKeysPerStep <= 32, "a key for each lane");
+  VisitOpenPairs(open, [&](const OpenPair& pair) {
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      const uint32_t from_top = ~tile.Key(pair.elements[i]) % T::kKeysPerStep;
+      atomicAdd(&cta.bins[pair.bits[i] != 0 ? from_top : kBins], 1u);
+    }
+  });
+  SyncThreads();  // counts before their reads
+  const int lane = UseHere(cta.lane);
+  const uint32_t count = cta.bins[lane];
+  const uint32_t reached = WarpInclusiveSum(lane, count);
+  const int holder = __ffs(WarpBallot(reached >= rank)) - 1;
+  const uint32_t num_equal = WarpBroadcast(count, holder);
+  const uint32_t above = WarpBroadcast(reached, holder) - num_equal;
+  return DirectPivot{
+      CoarseLowestKey<T>(coarse_bin) + T::kKeysPerStep - 1 - static_cast<uint32_t>(holder),
+      rank - above, num_equal};
+}
+
+// The same of float32, by bins of their own, which keep their keys. Returns whether the rank's bin
+// had room for all of its own. In: the histogram is zero, ordered by a barrier. Two barriers.
 template <typename T, int kTurns>
 __device__ __forceinline__ bool RankBySpreading(const Cta& cta, const ShortTile<T, kTurns>& tile,
                                                 const TurnBits<T, kTurns>& open, uint32_t rank,
                                                 DirectPivot* pivot) {
-  static_assert(kSpreadBins == 4 * 32 && kSpreadBins * 5 <= kBins,
-                "a vector of bins for each lane");
+  static_assert(kSpreadBins == 4 * 32, "a vector of bins for each lane");
+  static_assert(kKeysPerBin == 8 && kSpreadBins * (1 + kKeysPerBin) <= kBins,
+                "two vectors of keys");
   constexpr int kShift = 11;
   static_assert(FloatSteps::kScale << 16 == kSpreadBins << kShift, "the keys of a coarse bin");
-  uint32_t* keys = cta.bins + kSpreadBins;  // four for each bin, behind the counts
-  VisitOpen(open, [&](int, uint32_t, int element) {
-    const uint32_t key = tile.Key(element);
-    const uint32_t bin = ~key >> kShift & (kSpreadBins - 1);
-    const uint32_t place = FetchAndAdd(&cta.bins[bin], 1u);
-    if (place < 4) keys[4 * bin + place] = key;
+  uint32_t* keys = cta.bins + kSpreadBins;  // of each bin, behind the counts
+  VisitOpenPairs(open, [&](const OpenPair& pair) {
+    uint32_t key[2], bin[2], place[2];
+#pragma unroll
+    for (int i = 0; i < 2; ++i) key[i] = tile.Key(pair.elements[i]);
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      bin[i] = ~key[i] >> kShift & (kSpreadBins - 1);
+      place[i] = FetchAndAdd(&cta.bins[bin[i]], pair.bits[i] != 0 ? 1 : 0);
+    }
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      if (pair.bits[i] != 0 && place[i] < kKeysPerBin)
+        keys[kKeysPerBin * bin[i] + place[i]] = key[i];
+    }
   });
   SyncThreads();  // counts and keys before their reads
-  // By one warp, see FindPivotBin.
+  // By one warp, see FindSpreadBin.
   if (cta.warp == 0) {
     const uint32_t lane = static_cast<uint32_t>(UseHere(cta.lane));
     const uint4 counts = LoadShared(reinterpret_cast<const uint4*>(cta.bins) + lane);
@@ -626,11 +695,14 @@ __device__ __forceinline__ bool RankBySpreading(const Cta& cta, const ShortTile<
     const uint32_t found = WarpBroadcast(bin | above << 8 | inside << 20, holder);
     const uint32_t own_rank = rank - (found >> 8 & 0xfffu);
     // Behind the last key there are zeros, the key of none here.
-    const uint32_t* of_bin = keys + 4 * (found & 0xffu);
-    const uint32_t key = of_bin[lane & 3];
+    const uint32_t* of_bin = keys + kKeysPerBin * (found & 0xffu);
+    const uint32_t key = of_bin[lane % kKeysPerBin];
     KeysAhead ahead;
     ahead.Count(LoadShared(reinterpret_cast<const uint4*>(of_bin)), key);
-    const bool has_room = found >> 20 <= 4;
+    if (Unlikely(found >> 20 > 4)) {
+      ahead.Count(LoadShared(reinterpret_cast<const uint4*>(of_bin) + 1), key);
+    }
+    const bool has_room = found >> 20 <= kKeysPerBin;
     const bool has_rank = ahead.greater < own_rank && own_rank <= ahead.reached;
     // One of those that have the rank, or any if that is not known.
     if (cta.lane == 31 - __clz(WarpBallot(!has_room || has_rank))) {
@@ -651,19 +723,27 @@ __device__ __forceinline__ ShortSelection<T, kTurns> SelectElements(
   const uint32_t k = static_cast<uint32_t>(args.k);
   const BinsOfTile<T, kTurns> bins = CountAll(cta, tile);
   SyncThreads();  // counts before the search
-  Estimate estimate = FindRank(cta, k, BinItself);
+  Estimate estimate = FindRank<false>(cta, k, BinItself);
   const uint32_t bin = estimate.bracket.lowest;
   TurnMasks<T, kTurns> masks = bins.MasksOf(4 * bin, 4 * bin + 4);
   const uint32_t capacity = static_cast<uint32_t>(args.list_capacity);
   ShortSelection<T, kTurns> selection{masks.certain, {}, 0};
   DirectPivot pivot;
-  const bool is_spread = IsSpreadable<T>(bin) && estimate.inside > kMaxByOwner &&
-                         estimate.inside <= min(kMaxSpread, capacity);
-  if (!is_spread || !RankBySpreading(cta, tile, masks.open, k - estimate.above, &pivot)) {
+  const bool is_spread = IsSpreadable(bin) && estimate.inside > kMaxByOwner &&
+                         estimate.inside <= min(kMaxSpread<T>, capacity);
+  bool has_pivot = false;
+  if (is_spread) {
+    if constexpr (T::kBits == 32) {
+      has_pivot = RankBySpreading(cta, tile, masks.open, k - estimate.above, &pivot);
+    } else {
+      pivot = RankByCounting(cta, tile, masks.open, bin, k - estimate.above);
+      has_pivot = true;
+    }
+  }
+  if (!has_pivot) {
     const uint32_t open_limit = min(uint32_t{kMaxDirect}, capacity);
     if (Unlikely(estimate.inside > open_limit)) {
       if (is_spread) {
-        SyncThreads();  // the spread keys before their bins are cleared
         ClearBins(cta);
         SyncThreads();  // the cleared histogram before its use
       }
@@ -683,6 +763,8 @@ __device__ __forceinline__ ShortSelection<T, kTurns> SelectElements(
     }
     const uint32_t rank = k - estimate.above;
     uint32_t* own = reinterpret_cast<uint32_t*>(cta.own);
+    // None is the lowest key: too many elements are not selected, and not above so few open ones.
+    static_assert(kThreads * kFewTurns<T> * T::kPerVector - kMaxK > kMaxDirect, "of any tile");
     const bool is_by_owner = estimate.inside <= kMaxByOwner;
     PadOpenKeys(cta, estimate.inside,
                 is_by_owner ? uint32_t{kMaxByOwner} : PadToChunk(estimate.inside));
@@ -690,7 +772,6 @@ __device__ __forceinline__ ShortSelection<T, kTurns> SelectElements(
     VisitOpen(masks.open, [&](int, uint32_t, int element) {
       const uint32_t place = FetchAndAdd(&cta.header->num_own, 1u);
       own[place] = tile.Key(element);
-      // Unsigned: what lies before the window would come last.
       if (is_by_owner) positions[place] = static_cast<uint32_t>(tile.Position(element));
     });
     SyncThreads();  // the open keys before their reads
@@ -704,14 +785,23 @@ __device__ __forceinline__ ShortSelection<T, kTurns> SelectElements(
       SyncWarp();  // after loops of different lengths
       return selection;
     }
-    pivot = RankDirectly<kDirectChunk>(cta, own, PadToChunk(estimate.inside), rank);
+    pivot = RankDirectly(cta, own, PadToChunk(estimate.inside), rank);
   }
   const bool drops_ties = pivot.num_equal > pivot.num_ties;
   if (Unlikely(drops_ties)) selection.num_ties = pivot.num_ties;
-  VisitOpen(masks.open, [&](int word, uint32_t bit, int element) {
-    const uint32_t key = tile.Key(element);
-    if (key > pivot.key || (key == pivot.key && !drops_ties)) selection.selected.words[word] |= bit;
-    if (key == pivot.key) selection.ties.words[word] |= bit;
+  VisitOpenPairs(masks.open, [&](const OpenPair& pair) {
+    uint32_t key[2];
+#pragma unroll
+    for (int i = 0; i < 2; ++i) key[i] = tile.Key(pair.elements[i]);
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      const uint32_t bit = pair.bits[i];
+      const uint32_t word = pair.words[i];
+      if (key[i] > pivot.key || (key[i] == pivot.key && !drops_ties)) {
+        selection.selected.words[word] |= bit;
+      }
+      if (key[i] == pivot.key) selection.ties.words[word] |= bit;
+    }
   });
   SyncWarp();  // after loops of different lengths
   return selection;

@@ -494,3 +494,17 @@ extern "C" void jax_topk_pair_bins(int is_float32, const uint32_t* keys, int cou
   };
   is_float32 ? fill(Float32()) : fill(BFloat16());
 }
+
+// The bins over which candidates with these keys of a bracket are spread, and the keys of each of
+// these bins.
+extern "C" void jax_topk_even_bins(uint32_t lowest, uint32_t highest, const uint32_t* keys,
+                                   int count, uint32_t* bins, uint32_t* lowest_of,
+                                   uint32_t* highest_of) {
+  const jax_topk::EvenBins of(jax_topk::Bracket{lowest, highest});
+  for (int i = 0; i < count; ++i) {
+    bins[i] = of.FromTop(keys[i]);
+    const jax_topk::Bracket bin = of.Keys(bins[i]);
+    lowest_of[i] = bin.lowest;
+    highest_of[i] = bin.highest;
+  }
+}

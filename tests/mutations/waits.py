@@ -29,16 +29,15 @@ _TESTS = (
     "test_sorted_rows_with_many_ties",
     "test_sorted_rows_with_crowded_bins",
     "test_a_crowd_that_is_narrowed_twice",
+    "test_candidates_with_many_ties",
+    "test_candidates_that_meet_in_a_bin",
+    "test_open_elements_of_a_short_row_of_16_bit_values",
 )
 
 # Part of a wait's line or of its comment -> why nothing can go wrong without it.
 REDUNDANT: dict[str, str] = {
     "the lists' last reads before they are begun anew": "what a late warp reads of the old lists is"
     " not used, and it meets the others at the barrier behind the reset",
-    "the last search before its bins are cleared": "only the first warp reads them, before the"
-    " barrier at which it says what it found",
-    "the spread keys before their bins are cleared": "only the first warp reads them, before the"
-    " barrier at which it says what it found",
     "the cleared histogram before the guess": "CTAs that share a row have met at the cluster's"
     " barrier, and one alone would guess worse, but verifies its guess: a race all the same, which"
     " racecheck would report",
