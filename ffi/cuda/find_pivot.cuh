@@ -153,6 +153,22 @@ struct EvenBins {
   }
 };
 
+// The bracket of bins that has no upper end ends at the greatest candidate instead, or the keys
+// would share few of the bins. Of several keys. In: the header's pivot is zero. One barrier.
+__device__ __forceinline__ Bracket UpToGreatest(const Cta& cta, const Candidates& candidates,
+                                                const EvenBins& bins) {
+  uint32_t highest = 0;
+#pragma unroll 1
+  for (uint32_t first = 4 * cta.thread; first < candidates.count; first += 4 * kThreads) {
+    const uint4 keys = LoadShared(reinterpret_cast<const uint4*>(candidates.keys + first));
+    highest = max(max(max(keys.x, keys.y), max(keys.z, keys.w)), highest);
+  }
+  highest = WarpMax(highest);
+  if (cta.lane == 0) RaiseTo(&cta.header->pivot_key, highest);
+  SyncThreads();  // the maxima before their reads
+  return Bracket{bins.Lowest(), max(cta.header->pivot_key, bins.Lowest() + 1)};
+}
+
 __device__ __forceinline__ uint32_t KeptSlot(uint32_t bin, uint32_t place) {
   return place * kKeptStride + bin;
 }
@@ -331,21 +347,33 @@ __device__ __forceinline__ uint4 SearchSpread(const Cta& cta, const Candidates& 
                                      static_cast<uint32_t>(__popc(equal & before))});
 }
 
+// What is special about the first round of a search.
+struct FirstRound {
+  bool is_open_above;  // the bracket has no upper end
+  bool has_ties;       // many, perhaps
+};
+
 // Finds the key of 1-based rank `rank` among the candidates inside the bracket. In: candidates
-// ordered by a barrier; the histogram is zero. Ends after a barrier behind which candidates and
-// histogram are no longer needed. `bins`: of the bracket. `kept`: room for kKeptBytes. `has_ties`:
-// many, perhaps.
+// ordered by a barrier; the histogram and the header's pivot are zero. Ends after a barrier behind
+// which candidates and histogram are no longer needed. `bins`: of the bracket. `kept`: room for
+// kKeptBytes.
 __device__ __forceinline__ Pivot FindPivot(Cta& cta, const Candidates& candidates, EvenBins bins,
-                                           uint32_t rank, uint16_t* kept, bool has_ties) {
+                                           uint32_t rank, uint16_t* kept, FirstRound first) {
   uint32_t greater_before = 0;
-  bool is_first = true, counts_only = has_ties;
+  bool is_special = first.is_open_above || first.has_ties, is_first = true;
+  bool counts_only = first.has_ties;
   uint32_t padding_before = counts_only ? 0 : candidates.padding_before;
 #pragma unroll 1
   while (true) {
-    if (Unlikely(counts_only)) {
-      CountCandidates(cta, candidates, bins);
-    } else if (Unlikely(!is_first)) {
-      SpreadInside(cta, candidates, bins, kept);
+    if (Unlikely(is_special)) {
+      if (is_first && first.is_open_above) bins = EvenBins(UpToGreatest(cta, candidates, bins));
+      if (counts_only) {
+        CountCandidates(cta, candidates, bins);
+      } else if (is_first) {
+        SpreadCandidates(cta, candidates, bins, kept);
+      } else {
+        SpreadInside(cta, candidates, bins, kept);
+      }
     } else {
       SpreadCandidates(cta, candidates, bins, kept);
     }
@@ -368,9 +396,10 @@ __device__ __forceinline__ Pivot FindPivot(Cta& cta, const Candidates& candidate
                    bins.TiesBefore(found.z, bracket.lowest, padding_before)};
     }
     bins = EvenBins(bracket);
+    is_special = true;
     is_first = false;
     padding_before = 0;
-    counts_only = has_ties && AllSpread(found.z) > 4 * kKeptPerBin;
+    counts_only = first.has_ties && AllSpread(found.z) > 4 * kKeptPerBin;
     if (cta.thread < kPivotBins) cta.bins[cta.thread] = 0;
     SyncThreads();  // the cleared counts before their use
   }

@@ -109,7 +109,9 @@ __device__ __forceinline__ void FinishRow(Cta& cta, const TopKArgs& args, Source
                                 row.padded_open_before - row.open_before};
       }
       auto* kept = reinterpret_cast<uint16_t*>(cta.own + args.layout.kept);
-      const Pivot pivot = FindPivot(cta, candidates, bins, rank, kept, has_ties);
+      const bool is_open_above = bracket.highest == T::kMaxKey;
+      const Pivot pivot =
+          FindPivot(cta, candidates, bins, rank, kept, FirstRound{is_open_above, has_ties});
       selection.pivot = pivot.key;
       selection.num_ties = pivot.num_ties;
       selection.greater_before += pivot.greater_before;

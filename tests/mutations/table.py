@@ -501,6 +501,15 @@ KERNEL = (
         _emulated("test_bins_of_candidates_share_out_their_bracket"),
     ),
     Mutant(
+        "highest_candidate_of_the_first_warp",
+        EMULATED,
+        "ffi/cuda/find_pivot.cuh",
+        "if (cta.lane == 0) RaiseTo(&cta.header->pivot_key, highest);",
+        "if (cta.thread == 0) RaiseTo(&cta.header->pivot_key, highest);",
+        "Of a bracket without an upper end, candidates above those of one warp come last.",
+        _emulated(HOSTILE, SCHEDULES),
+    ),
+    Mutant(
         "counts_of_the_round_before",
         EMULATED,
         "ffi/cuda/find_pivot.cuh",

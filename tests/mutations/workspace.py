@@ -149,8 +149,8 @@ class Workspace:
     # ----- testing --------------------------------------------------------------------------------
 
     def control(self, target: str, tests: tuple[str, ...]) -> Verdict:
-        """Runs tests on the sources as they are."""
-        return self._verdict(target, tests)
+        """Runs tests on the sources as they are: those of all mutants together."""
+        return self._verdict(target, tests, limit_s=10 * TIMEOUT_S)
 
     def judge(self, mutant: Mutant) -> Verdict:
         """Plants a mutant, builds, tests, and takes it out again."""
@@ -164,7 +164,7 @@ class Workspace:
         finally:
             path.write_text(intact)
 
-    def _verdict(self, target: str, tests: tuple[str, ...]) -> Verdict:
+    def _verdict(self, target: str, tests: tuple[str, ...], limit_s: float = TIMEOUT_S) -> Verdict:
         begin = time.monotonic()
         if target == GPU:
             outcome, test, how = self._run_kernel(tests)
@@ -175,10 +175,10 @@ class Workspace:
                 self._use_cpu(self._build_cpu())
             elif self._intact_cpu is not None:
                 self._use_cpu(self._intact_cpu)
-            outcome, test, how = self._run_pytest(tests)
+            outcome, test, how = self._run_pytest(tests, limit_s)
         return Verdict(outcome, test, how, round(time.monotonic() - begin, 1))
 
-    def _run_pytest(self, tests: tuple[str, ...]) -> tuple[str, str, str]:
+    def _run_pytest(self, tests: tuple[str, ...], limit_s: float) -> tuple[str, str, str]:
         dropped = ("PYTEST_", "JAX_TOPK_", "XLA_FLAGS")
         environment = {
             **{name: v for name, v in os.environ.items() if not name.startswith(dropped)},
@@ -195,11 +195,11 @@ class Workspace:
                 cwd=self.folder, env=environment, stdout=output, stderr=subprocess.STDOUT,
             )  # fmt: skip
             try:
-                status = process.wait(TIMEOUT_S)
+                status = process.wait(limit_s)
             except subprocess.TimeoutExpired:
                 process.kill()
                 process.wait()
-                return "killed", last_started(log.read_text()), f"hung for {TIMEOUT_S} s"
+                return "killed", last_started(log.read_text()), f"hung for {limit_s} s"
         text = log.read_text()
         if status == 0 and re.search(r"\b[1-9]\d* passed\b", text):
             return "survived", "", ""
