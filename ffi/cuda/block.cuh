@@ -57,17 +57,17 @@ enum ClusterBarrier {
 // Scalars that the threads of a CTA share. Lies at offset 0 of shared memory.
 struct SharedHeader {
   MBarrier barriers[kNumBarriers];
-  alignas(8) uint2 own_is_free;  // its arrival says so, see GatherCandidates
-  uint2 ranges[2];               // of keys seen, see CountAndSeeRange and CountInside
-  uint32_t num_chunks;           // of the lists, taken so far
-  uint32_t num_own;              // open keys that were copied from them
-  uint32_t pivot_key;
-  uint32_t pivot_ties;                            // see RankDirectly
-  uint32_t crowd;                                 // a bin of pairs overflowed, see CountPairs
-  uint4 found[2];                                 // see FindRanks
-  uint4 warp_keys[kWarps];                        // see FindKeys
-  uint32_t zeros[32];                             // see CountPairs
-  PartCounts warp_counts[kWarps];                 // see SumOverWarps
+  alignas(8) uint2 own_is_free;    // its arrival says so, see SendCandidates
+  uint2 ranges[2];                 // of keys seen, see CountAndSeeRange and CountInside
+  uint32_t num_chunks;             // of the lists, taken so far
+  uint32_t num_own;                // open keys that were copied from them
+  uint32_t pivot_key;              // see UpToGreatest too
+  uint32_t pivot_ties;             // see RankDirectly
+  uint32_t crowd;                  // a bin of pairs overflowed, see CountPairs
+  uint4 found[2];                  // see FindRanks
+  uint4 warp_keys[kWarps];         // see FindKeys
+  uint32_t zeros[32];              // see CountPairs
+  PartCounts warp_counts[kWarps];  // see SumOverWarps
   uint32_t turn_sums[2][kMaxCountWords][kWarps];  // see TurnPlaces
   uint32_t warp_listed[kWarps];                   // entries of each warp's list
   uint32_t warp_totals[2][kWarps];

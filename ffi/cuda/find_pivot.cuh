@@ -3,8 +3,8 @@
 // The open keys are spread evenly over bins, each of which keeps where its keys lie. One warp finds
 // the bin of the wanted rank and compares its few keys with each other; ordinary data needs no
 // more. A bin that has no room for all its keys is spread in its turn, until it is a single key.
-// Cost: one pass over the candidates and two barriers. The few open keys of a short row are
-// compared with each other at once, for one barrier.
+// Cost: one pass over the candidates and two barriers. The open keys of a short row are found by
+// short_row.cuh; few of them are compared with each other here, for one barrier.
 
 #ifndef JAX_TOPK_CUDA_FIND_PIVOT_CUH_
 #define JAX_TOPK_CUDA_FIND_PIVOT_CUH_
@@ -115,8 +115,8 @@ struct EvenBins {
   __device__ __forceinline__ explicit EvenBins(const Bracket& bracket)
       : highest(bracket.highest), range(bracket.highest - bracket.lowest) {
     shift = __clz(static_cast<int>(range));
-    // kPivotBins 2^32 / range, rounded down by more than the division is wrong: the last bin is
-    // below kPivotBins, by at least kPivotBins for one key in a word's upper bits.
+    // kPivotBins 2^32 / range, rounded down by more than the division may be wrong, so that the
+    // last bin is below kPivotBins; and no less than that, so that few keys have a bin each.
     const float width = static_cast<float>((range << shift >> 16) + 1);
     constexpr float kNumerator = 0.9999f * (kPivotBins << 16);
     scale = max(static_cast<uint32_t>(FastDivide(kNumerator, width)), uint32_t{kPivotBins});

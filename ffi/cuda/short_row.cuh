@@ -672,8 +672,9 @@ __device__ __forceinline__ bool RankBySpreading(const Cta& cta, const ShortTile<
     }
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
-      if (pair.bits[i] != 0 && place[i] < kKeysPerBin)
+      if (pair.bits[i] != 0 && place[i] < kKeysPerBin) {
         keys[kKeysPerBin * bin[i] + place[i]] = key[i];
+      }
     }
   });
   SyncThreads();  // counts and keys before their reads
