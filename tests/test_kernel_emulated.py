@@ -99,6 +99,8 @@ def test_parts_of_every_number_of_vectors_per_thread(library, dtype):
         x = inputs.cast(rng.normal(size=(1, 2 * turns * per_turn - 37)), dtype)
         for plan in ("path=sample,cluster=2", "path=sample,cluster=2,stages=1"):
             check(library, x, 1000, plan=plan)
+        # Where the open keys lie right behind one tile.
+        check(library, x[:, : turns * per_turn], 1000, plan="path=sample,cluster=1,stages=1")
         check(library, x[:, 1:], 1000, plan="path=exact,cluster=2")
 
 

@@ -283,7 +283,7 @@ KERNEL = (
         "if (has_sum && greater < rank && rank <= ahead >> 16) {",
         "if (has_sum && greater < rank && rank < ahead >> 16) {",
         "Off by one in a rank that counts from 1: nobody is the pivot without spare ties.",
-        _emulated(SCHEDULES),
+        _emulated("test_open_elements_of_the_widest_bins"),
     ),
     Mutant(
         "rank_of_an_element_by_its_owner",
@@ -534,7 +534,7 @@ KERNEL = (
         "masks->certain.Add(of_bin.certain);",
         "masks->certain = of_bin.certain;",
         "When a bracket is narrowed, what lay above it before is forgotten.",
-        _emulated(HOSTILE),
+        _emulated("test_open_elements_of_a_short_row"),
     ),
     Mutant(
         "turns_taken_for_full_too_early",

@@ -32,6 +32,7 @@ _TESTS = (
     "test_candidates_with_many_ties",
     "test_candidates_that_meet_in_a_bin",
     "test_open_elements_of_a_short_row_of_16_bit_values",
+    "test_open_elements_of_the_widest_bins",
 )
 
 # Part of a wait's line or of its comment -> why nothing can go wrong without it.
