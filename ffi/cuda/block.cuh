@@ -64,7 +64,7 @@ struct SharedHeader {
   uint32_t pivot_key;              // see UpToGreatest too
   uint32_t pivot_ties;             // see RankDirectly
   uint32_t crowd;                  // a bin of pairs overflowed, see CountPairs
-  uint4 found[2];                  // see FindRanks
+  uint4 found[2];                  // see FindRanks, FindPivot, RankBySpreading
   uint4 warp_keys[kWarps];         // see FindKeys
   uint32_t zeros[32];              // see CountPairs
   PartCounts warp_counts[kWarps];  // see SumOverWarps

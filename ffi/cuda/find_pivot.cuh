@@ -173,7 +173,8 @@ __device__ __forceinline__ uint32_t KeptSlot(uint32_t bin, uint32_t place) {
   return place * kKeptStride + bin;
 }
 
-// Counts a candidate in its bin and keeps its number there, if there is room: see KeptSlot.
+// Keeps the number of a candidate in its bin, if there is room. `before`: the bin's counts without
+// it.
 __device__ __forceinline__ void KeepCandidate(uint32_t before, uint32_t bin, uint32_t number,
                                               uint16_t* kept) {
   const uint32_t place = AllSpread(before);
@@ -365,6 +366,7 @@ __device__ __forceinline__ Pivot FindPivot(Cta& cta, const Candidates& candidate
   uint32_t padding_before = counts_only ? 0 : candidates.padding_before;
 #pragma unroll 1
   while (true) {
+    // One question on the way of ordinary rows; so the same call stands twice.
     if (Unlikely(is_special)) {
       if (is_first && first.is_open_above) bins = EvenBins(UpToGreatest(cta, candidates, bins));
       if (counts_only) {
