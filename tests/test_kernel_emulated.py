@@ -323,6 +323,18 @@ def test_lowest_key_competes_with_what_is_beside_the_window(library, start):
         check(library, x, k, np.array([start], np.int32), lengths, is_sorted=k % 2 == 1)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: np.dtype(dtype).name)
+@pytest.mark.parametrize("start", [0, 1, 3, 7])
+def test_rows_around_the_shortest_that_has_a_sample(library, start, dtype):
+    """Only vectors that lie in the window are sampled, four side by side; fewer are counted."""
+    rng = np.random.default_rng(start)
+    x = rng.normal(size=(1, 60)).astype(np.float32).astype(dtype)
+    starts = np.array([start], np.int32)
+    for length in (2, 3, 7, 8, 9, 15, 16, 17, 19, 20, 23, 24, 31, 32, 33, 38, 39, 40, 47, 53):
+        for k in {1, length // 2, length - 1}:
+            check(library, x, k, starts, np.array([length], np.int32), plan="path=sample,cluster=2")
+
+
 @pytest.mark.parametrize("start", [0, 2])
 def test_few_ties_at_the_threshold_of_a_short_row(library, start):
     """So few open elements that each is ranked by the thread that has it: ties go by position."""
@@ -546,20 +558,20 @@ def values_in_one_bin(rng, count: int, pattern: str) -> np.ndarray:
         bits = low + 2048 * (rng.permutation(2**18)[:count] // 2048) + 7
     elif pattern == "fives":  # more than a vector
         bits = low + 2048 * (np.arange(count) // 5 % 128) + rng.integers(0, 2048, count)
-    elif pattern == "eights":  # as many as a bin has room for
-        bits = low + 2048 * (np.arange(count) // 8 % 128) + rng.integers(0, 2048, count)
-    elif pattern == "nines":  # one more
-        bits = low + 2048 * (np.arange(count) // 9 % 128) + rng.integers(0, 2048, count)
+    elif pattern == "twelves":  # as many as a bin has room for
+        bits = low + 2048 * (np.arange(count) // 12 % 128) + rng.integers(0, 2048, count)
+    elif pattern == "thirteens":  # one more
+        bits = low + 2048 * (np.arange(count) // 13 % 128) + rng.integers(0, 2048, count)
     else:  # "crowd": all in one of the 128
         bits = low + 2048 * 77 + rng.integers(0, 2048, count)
     return bits.astype(np.int32).view(np.float32)
 
 
-@pytest.mark.parametrize("pattern", ["spread", "pairs", "fives", "eights", "nines", "crowd"])
+@pytest.mark.parametrize("pattern", ["spread", "pairs", "fives", "twelves", "thirteens", "crowd"])
 def test_open_elements_of_a_short_row(library, pattern):
-    """The threshold lies among 8, 9, ... 257 elements of one coarse bin, of either sign."""
+    """The threshold lies among 8, 9, ... 641 elements of one coarse bin, of either sign."""
     rng = np.random.default_rng(11)
-    for width, count in ((3000, 8), (3000, 9), (4000, 96), (7000, 97), (12_000, 256), (9300, 257)):
+    for width, count in ((3000, 8), (3000, 9), (4000, 96), (7000, 97), (12_000, 640), (9300, 641)):
         x = rng.uniform(-0.9, 0.9, size=width).astype(np.float32)
         x[:40] = rng.uniform(1.1, 3, size=40)
         x[40 : 40 + count] = values_in_one_bin(rng, count, pattern)

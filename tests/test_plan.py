@@ -76,12 +76,13 @@ def test_two_ctas_share_an_sm_where_there_are_more_ctas_than_sms():
         assert 2 * (plan(rows, 163840)["smem_bytes"] + 1024) <= 233472
 
 
-def test_large_tiles_serve_float32_in_every_launch_that_has_the_room():
-    for rows in (1, 16, 64, 128, 256):
-        assert plan(rows, 163840)["uses_large_tile"]
-        for dtype in ("bfloat16", "float16"):
-            result = plan(rows, 163840, dtype=dtype)
-            assert result["uses_large_tile"] == (result["cluster_size"] == 1)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_large_tiles_serve_launches_of_few_ctas_per_row(dtype):
+    for cluster in range(1, 17):
+        result = plan(1, 163840, dtype=dtype, overrides=f"cluster={cluster}")
+        assert result["uses_large_tile"] == (cluster <= 4)
+    for rows in (128, 256):
+        assert plan(rows, 163840, dtype=dtype)["uses_large_tile"]
 
 
 def test_the_plan_ignores_nothing_but_run_time_lengths():

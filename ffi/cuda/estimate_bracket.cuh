@@ -65,8 +65,18 @@ __device__ __forceinline__ BracketGoal SampleGoal(uint32_t k, uint32_t populatio
 // The keys of a coarse bin, counted from the top.
 template <typename T>
 __device__ __forceinline__ Bracket CoarseKeys(uint32_t bin) {
-  return Bracket{CoarseLowestKey<T>(bin), bin == 0 ? T::kMaxKey : CoarseLowestKey<T>(bin - 1) - 1};
+  const bool is_upper = bin < kHalfBins;
+  const uint32_t step = (bin ^ (is_upper ? kHalfBins - 1 : 0)) % kHalfBins;
+  // Magnitudes nearest to zero: of the bin, and of the bin behind it.
+  const uint32_t nearest = T::StepMagnitude(step);
+  const uint32_t beyond = step == kHalfBins - 1 ? T::kSign : T::StepMagnitude(step + 1);
+  return is_upper ? Bracket{T::kSign + nearest, T::kSign + beyond - 1}
+                  : Bracket{T::kSign - beyond, T::kSign - nearest - 1};
 }
+
+// Whether a coarse bin is none of those at the ends of either half. The keys of an even bin, as
+// many as of any other one, differ in their low bits alone.
+__device__ __forceinline__ bool IsEvenBin(uint32_t bin) { return (bin + 1) % kHalfBins > 1; }
 
 // The coarse bins of two elements, counted from the top, as byte offsets into the histogram.
 template <typename T>
@@ -80,20 +90,19 @@ __device__ __forceinline__ void CountAt(const Cta& cta, uint32_t offset) {
 }
 
 // Counts a vector's elements by coarse bin. One instruction per count: the hardware adds the lanes
-// that meet in a bin (ATOMS.POPC.INC). What does not count goes to a spare bin, which is cheaper
-// than a branch.
+// that meet in a bin (ATOMS.POPC.INC).
 template <typename T>
-__device__ __forceinline__ void CountCoarse(Cta& cta, const uint4& vector, uint32_t valid,
-                                            uint32_t coarse_flip) {
+__device__ __forceinline__ void CountCoarse(Cta& cta, const uint4& vector, uint32_t coarse_flip) {
 #pragma unroll
   for (int i = 0; i < T::kPerVector / 2; ++i) {
     const uint32_t offsets = CoarseOffsets<T>(T::Halves(vector, i), coarse_flip);
-    CountAt(cta, valid >> (2 * i) & 1 ? offsets & 0xffffu : 4 * kBins);
-    CountAt(cta, valid >> (2 * i + 1) & 1 ? offsets >> 16 : 4 * kBins);
+    CountAt(cta, offsets & 0xffffu);
+    CountAt(cta, offsets >> 16);
   }
 }
 
-// Counts a vector's elements inside a bracket by its linear bins.
+// Counts a vector's elements inside a bracket by its linear bins. What does not count goes to a
+// spare bin, which is cheaper than a branch.
 template <typename T>
 __device__ __forceinline__ void CountLinear(Cta& cta, const uint4& vector, uint32_t valid,
                                             uint32_t flip, const Bracket& bracket,
@@ -109,24 +118,25 @@ __device__ __forceinline__ void CountLinear(Cta& cta, const uint4& vector, uint3
 // One thread's share of the sample of a row: 64 consecutive bytes at a pseudo-random place in each
 // of equally long stretches of the row, so that neither a trend nor a period in the data misleads.
 // Smaller pieces would be better samples, but every line that a warp touches costs a cycle of the
-// L1: 1024 separate vectors take 1000 cycles.
+// L1: 1024 separate vectors take 1000 cycles. Vectors that lie in the window in part are left out.
 template <typename T>
 struct Sample {
   static constexpr int kVectors = kSampleElements / T::kPerVector / kThreads;
-  static_assert(kVectors >= 1 && kVectors * T::kPerVector <= 32, "one bit per element");
+  static_assert(kVectors >= 1, "a vector for each thread");
 
   int num_rounds;  // of kSampleElements
   int thread;
   uint32_t stretch;         // vectors of the row per piece, with kStretchBits behind the point
   uint4 vectors[kVectors];  // of the first round
-  uint32_t valid;
 
   // Starts the loads; nothing waits for them here.
   __device__ __forceinline__ Sample(int thread_index, const RowWindow& window)
       : num_rounds(1), thread(thread_index) {
+    const uint32_t end = (static_cast<uint32_t>(window.length) + window.skew) / T::kPerVector;
+    const int32_t num_places = static_cast<int32_t>(end) - NumSkipped(window) - (kSamplePiece - 1);
     // The quotient by the number of pieces, rounded down a little, without a division.
     constexpr uint64_t kPerPiece = (uint64_t{1} << 32) / kPiecesPerRound;
-    const uint64_t span = max(window.num_vectors - (kSamplePiece - 1), 1);
+    const uint64_t span = max(num_places, 0);
     uint64_t of_round = (span * kPerPiece) >> (32 - kStretchBits);
     while (num_rounds < kMaxSampleRounds &&
            window.num_vectors > kVectorsPerSample * kVectors * kThreads * num_rounds) {
@@ -134,18 +144,20 @@ struct Sample {
       of_round /= 2;
     }
     stretch = static_cast<uint32_t>(of_round);
-    Load(window, 0);
+    if (HasElements()) Load(window, 0);
   }
 
+  // Whether the row is long enough for a piece.
+  __device__ __forceinline__ bool HasElements() const { return stretch != 0; }
   __device__ __forceinline__ uint32_t num_elements() const { return num_rounds * kSampleElements; }
 
-  // Calls visit(vector, valid) for this thread's vectors of all rounds.
+  // Calls visit(vector) for this thread's vectors of all rounds. There are some.
   template <typename Visit>
   __device__ __forceinline__ void VisitAll(const RowWindow& window, Visit visit) {
 #pragma unroll 1
     for (int round = 0;;) {
 #pragma unroll
-      for (int v = 0; v < kVectors; ++v) visit(vectors[v], valid >> (v * T::kPerVector));
+      for (int v = 0; v < kVectors; ++v) visit(vectors[v]);
       if (num_rounds == 1) break;
       round = round + 1 == num_rounds ? 0 : round + 1;
       Load(window, round);
@@ -162,36 +174,21 @@ struct Sample {
                 "a stretch of the longest row fits a word");
   static_assert(kPiecesPerRound * kMaxSampleRounds <= 1 << kStretchBits, "a place fits a word");
 
+  // Vectors before the first one that lies in the window.
+  __device__ __forceinline__ static int32_t NumSkipped(const RowWindow& window) {
+    return window.skew != 0 ? 1 : 0;
+  }
+
   __device__ __forceinline__ void Load(const RowWindow& window, int round) {
-    int32_t index[kVectors];
+    const uint4* first = reinterpret_cast<const uint4*>(window.vectors) + NumSkipped(window);
 #pragma unroll
     for (int v = 0; v < kVectors; ++v) {
       const uint32_t i = (round * kVectors + v) * kThreads + thread;
       const uint32_t piece = i / kSamplePiece;
-      const uint32_t jitter = (piece * 0x9E3779B1u) >> kStretchBits;  // golden ratio hash
+      // A golden ratio hash; of the piece behind, because that of zero is zero.
+      const uint32_t jitter = ((piece + 1) * 0x9E3779B1u) >> kStretchBits;
       const uint32_t place = (piece << (32 - kStretchBits)) + jitter;
-      index[v] = static_cast<int32_t>(UpperProduct(place, stretch) + i % kSamplePiece);
-      vectors[v] = make_uint4(0, 0, 0, 0);
-    }
-    if (Unlikely(window.leaves_operand)) {
-#pragma unroll
-      for (int v = 0; v < kVectors; ++v) {
-        if (index[v] < window.num_vectors) vectors[v] = LoadVectorAtEdge<T>(window, index[v]);
-      }
-    } else {
-#pragma unroll
-      for (int v = 0; v < kVectors; ++v) {
-        if (index[v] < window.num_vectors) {
-          vectors[v] = LoadReadOnly(reinterpret_cast<const uint4*>(window.vectors) + index[v]);
-        }
-      }
-    }
-    valid = 0;
-#pragma unroll
-    for (int v = 0; v < kVectors; ++v) {
-      if (index[v] < window.num_vectors) {
-        valid |= ValidInVector(window, index[v], T::kPerVector) << (v * T::kPerVector);
-      }
+      vectors[v] = LoadReadOnly(first + UpperProduct(place, stretch) + i % kSamplePiece);
     }
   }
 };
@@ -206,13 +203,12 @@ __device__ __forceinline__ Bracket CountAndSeeRange(Cta& cta, const RowWindow& w
                                                     uint32_t flip, int slot) {
   if (cta.thread == 0) cta.header->ranges[slot ^ 1] = make_uint2(T::kMaxKey, 0);
   uint32_t lowest = T::kMaxKey, highest = 0;
-  sample.VisitAll(window, [&](const uint4& vector, uint32_t valid) {
+  sample.VisitAll(window, [&](const uint4& vector) {
 #pragma unroll
     for (int i = 0; i < T::kPerVector; ++i) {
       const uint32_t key = T::Key(T::Element(vector, i), flip);
-      const bool is_valid = (valid >> i & 1) != 0;
-      atomicAdd(&cta.bins[is_valid && outer.Contains(key) ? bins.FromTop(key) : kBins], 1u);
-      const bool is_inside = is_valid && inner.Contains(key);
+      atomicAdd(&cta.bins[outer.Contains(key) ? bins.FromTop(key) : kBins], 1u);
+      const bool is_inside = inner.Contains(key);
       lowest = min(lowest, is_inside ? key : T::kMaxKey);
       highest = max(highest, is_inside ? key : 0);
     }
@@ -279,25 +275,23 @@ __device__ __forceinline__ Estimate RefineEstimate(Cta& cta, const RowWindow& wi
   return result;
 }
 
-// In: at least one element is in the sample of some thread. The histogram is zero on entry and on
-// exit. All threads return the same.
+// In: the sample has elements. The histogram is zero on entry and on exit. All threads return the
+// same.
 template <typename T>
 __device__ __forceinline__ Bracket EstimateBracket(Cta& cta, const RowWindow& window,
                                                    Sample<T>& sample, const BracketGoal& goal,
                                                    uint32_t flip) {
   const uint32_t coarse_flip = CoarseFlip(flip);
-  sample.VisitAll(window, [&](const uint4& vector, uint32_t valid) {
-    CountCoarse<T>(cta, vector, valid, coarse_flip);
-  });
+  sample.VisitAll(window, [&](const uint4& vector) { CountCoarse<T>(cta, vector, coarse_flip); });
   SyncThreads();  // counts before the search
   Estimate found[2];
-  const uint32_t num_visited = FindRanks<true>(
-      cta, {goal.ranks.high, goal.ranks.low}, [](uint32_t bin) { return CoarseKeys<T>(bin); },
-      found);
+  FindRanks<false>(
+      cta, {max(goal.ranks.high, 1u), min(goal.ranks.low, sample.num_elements())},
+      [](uint32_t bin) { return CoarseKeys<T>(bin); }, found);
   const Estimate &high = found[0], &low = found[1];
   // A side that no rank of the sample limits stays open: the row may hold keys beyond its sample.
   const bool is_open_above = goal.ranks.high == 0;
-  const bool is_open_below = goal.ranks.low > num_visited;
+  const bool is_open_below = goal.ranks.low > sample.num_elements();
   Estimate result;
   result.bracket = Bracket{0, T::kMaxKey};
   if (!is_open_below) result.bracket.lowest = low.bracket.lowest;

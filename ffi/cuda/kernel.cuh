@@ -99,10 +99,11 @@ __device__ __forceinline__ void FinishRow(Cta& cta, const TopKArgs& args, Source
       const auto look_for_ties = [&] {
         if (mine.open >= 32) has_ties = HasManyTies(candidates.keys, cta.lane);
       };
-      const EvenBins bins(bracket);
       if (output.is_sorted) look_for_ties();  // before others may overwrite own open keys
       if (is_shared) SendCandidates(cta, mine, row, ctas, output.is_sorted);
-      if (!output.is_sorted) look_for_ties();  // while the candidates are on their way
+      // While the candidates are on their way.
+      const EvenBins bins(Bracket{UseHere(bracket.lowest), UseHere(bracket.highest)});
+      if (!output.is_sorted) look_for_ties();
       if (is_shared) {
         AwaitCandidates(cta);
         candidates = Candidates{cta.gathered, row.padded_open, row.padded_open_before,
@@ -131,12 +132,15 @@ __device__ __forceinline__ int32_t VectorsPerThread(int32_t num_vectors) {
 }
 
 // The bracket of a long row, before any exact count. The exact path begins with one that counts
-// refute: the greatest key alone.
+// refute: the greatest key alone. So does a row too short for a sample, which only a test sends
+// here.
 template <typename T>
 __device__ __forceinline__ Bracket GuessBracket(Cta& cta, const TopKArgs& args,
                                                 const RowWindow& window, Sample<T>& sample,
                                                 uint32_t flip) {
-  if (Unlikely(args.path == static_cast<int>(Path::kExact))) return {T::kMaxKey, T::kMaxKey};
+  if (Unlikely(args.path == static_cast<int>(Path::kExact) || !sample.HasElements())) {
+    return {T::kMaxKey, T::kMaxKey};
+  }
   const uint32_t k = static_cast<uint32_t>(args.k);
   const BracketGoal goal = SampleGoal(k, static_cast<uint32_t>(window.length),
                                       sample.num_elements(), args.list_capacity - k);
@@ -316,7 +320,6 @@ __device__ __forceinline__ void SelectRow(const TopKArgs& args) {
   // What needs no global memory comes before the wait.
   const int64_t row = RowIndex();
   Cta cta = MakeCta(args, kHasClusters ? ClusterRank() : 0);
-  InitCta(cta);
   if (kHasClusters) JoinCluster(cta);
   const unsigned char* row_begin =
       static_cast<const unsigned char*>(args.operand) + row * args.width * T::kBytes;
@@ -326,8 +329,11 @@ __device__ __forceinline__ void SelectRow(const TopKArgs& args) {
   WaitForKernelsBefore();
   const int32_t raw_start = LoadWord(args.starts + row);
   const int32_t raw_length = LoadWord(args.lengths + row);
-  // While the length is on its way. By CTAs that leave next, too: one that has arrived and left
-  // might be counted twice, and the others would go on too early.
+  // While the length is on its way: where kernels do not overlap, whatever comes before its load
+  // delays the row.
+  InitCta(cta);
+  // By CTAs that leave next, too: one that has arrived and left might be counted twice, and the
+  // others would go on too early.
   if (kHasClusters) ClusterWait();
   // Clamped to the row: any int32 is legal.
   const int32_t width = static_cast<int32_t>(args.width);

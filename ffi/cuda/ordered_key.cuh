@@ -117,11 +117,11 @@ struct FloatSteps {
 static_assert(FloatSteps::kScale == 4, "Fourfold needs no shift");
 
 // kWidestEven: the widest range of keys whose pairs SortPairs spreads evenly by key. kKeysPerStep:
-// of the 16-bit types, keys of a coarse bin that is no end of a half; they differ in their low
-// bits.
+// the keys of an even bin, see IsEvenBin.
 struct Float32 : KeyOrder<uint32_t> {
   static constexpr int kMaxVectors = jax_topk::kMaxVectors;
   static constexpr uint32_t kWidestEven = 24u << 23;
+  static constexpr uint32_t kKeysPerStep = FloatSteps::kScale << 16;
   static constexpr uint32_t kInfinity = 0x7f800000u;
   __device__ __forceinline__ static uint32_t FourfoldSteps(uint32_t halves) {
     return FloatSteps::Fourfold(halves);
@@ -157,15 +157,6 @@ struct Float16 : KeyOrder<uint16_t> {
     return step * kKeysPerStep;
   }
 };
-
-// The lowest key of coarse bin `from_top`, 0 being the bin of the largest keys.
-template <typename T>
-__device__ __forceinline__ uint32_t CoarseLowestKey(uint32_t from_top) {
-  const bool is_upper = from_top < kHalfBins;
-  const uint32_t step = is_upper ? kHalfBins - 1 - from_top : from_top - kHalfBins + 1;
-  const uint32_t magnitude = step < kHalfBins ? T::StepMagnitude(step) : T::kSign;
-  return is_upper ? T::kSign + magnitude : T::kSign - magnitude;
-}
 
 }  // namespace jax_topk
 

@@ -124,7 +124,8 @@ __device__ __forceinline__ void ComputeHere(V*& pointer) {
 
 // An index, of which nothing that depends on it is computed earlier than here. The compiler would
 // compute such things at the kernel's start and keep them, for want of registers in local memory.
-__device__ __forceinline__ int UseHere(int index) {
+template <typename Word>
+__device__ __forceinline__ Word UseHere(Word index) {
   asm volatile("" : "+r"(index));
   return index;
 }
@@ -157,6 +158,11 @@ __device__ __forceinline__ float FloatOfBits(uint32_t bits) { return __uint_as_f
 
 // The upper word of a product.
 __device__ __forceinline__ uint32_t UpperProduct(uint32_t a, uint32_t b) { return __umulhi(a, b); }
+
+// min(a + b, c): one instruction on sm_90.
+__device__ __forceinline__ uint32_t MinOfSum(uint32_t a, uint32_t b, uint32_t c) {
+  return __viaddmin_u32(a, b, c);
+}
 
 // sum + the four bytes of a word.
 __device__ __forceinline__ uint32_t AddBytes(uint32_t sum, uint32_t bytes) {

@@ -283,16 +283,19 @@ __device__ __forceinline__ Bracket CountInside(const Cta& cta, const ShortTile<T
   // elements outside, both distances are greater than `range`.
   uint32_t from_top = range, from_bottom = range;
   const auto count = [&](uint32_t element) {
-    const uint32_t depth = bracket.highest - (element ^ mask);
+    const uint32_t word = element ^ mask;
+    const uint32_t depth = bracket.highest - word;
     const uint32_t bin = depth <= range ? depth >> bins.shift : kBins;
     atomicAdd(&cta.bins[bin], 1u);
     from_top = min(from_top, depth);
-    from_bottom = min(from_bottom, range - depth);
+    from_bottom = MinOfSum(word, 0u - bracket.lowest, from_bottom);
     return bin;
   };
 #pragma unroll
   for (int turn = 0; turn < kTurns; ++turn) {
-    const uint4 vector = LoadShared(tile.slots + turn * kThreads);
+    // Of few turns the registers can be had; of more they are wanted for other things.
+    const uint4 vector =
+        kTurns <= kFewTurns<T> ? tile.Vector(turn) : LoadShared(tile.slots + turn * kThreads);
 #pragma unroll
     for (int i = 0; i < T::kPerVector; i += 2) {
       const uint32_t first = count(T::Element(vector, i));
@@ -442,32 +445,37 @@ struct TurnPlaces {
   }
 };
 
-// Adds to `bits` the `wanted` lowest by position of the ties of all threads.
-template <typename T, int kTurns>
-__device__ __forceinline__ void AddFirst(const Cta& cta, const ShortTile<T, kTurns>& tile,
-                                         TurnBits<T, kTurns> ties, uint32_t wanted,
-                                         TurnBits<T, kTurns>* bits) {
-  // What lies outside the window has the lowest key, and may tie with it.
-  const auto valid = ValidElements<T, kTurns>(tile.position, tile.length);
-#pragma unroll
-  for (int word = 0; word < valid.kWords; ++word) ties.words[word] &= valid.words[word];
-  const TurnPlaces<T, kTurns> places(cta, ties, 1);
-#pragma unroll
-  for (int turn = 0; turn < kTurns; ++turn) {
-    const uint32_t of_turn = ties.OfTurn(turn);
-    const uint32_t room = wanted > places.of[turn] ? wanted - places.of[turn] : 0;
-    const uint32_t count = __popc(of_turn);
-    bits->SetTurn(turn, DropLastBits(of_turn, count > room ? count - room : 0));
-  }
-}
-
 // A thread's elements that are selected, and those that may be.
 template <typename T, int kTurns>
 struct ShortSelection {
   TurnBits<T, kTurns> selected;
   TurnBits<T, kTurns> ties;  // of which `num_ties` are, the lowest positions first
   uint32_t num_ties;
+  uint32_t tied_key;
 };
+
+// The selected elements of a thread, with those of the ties that are.
+template <typename T, int kTurns>
+__device__ __forceinline__ TurnBits<T, kTurns> AddFirstTies(
+    const Cta& cta, const ShortTile<T, kTurns>& tile, const ShortSelection<T, kTurns>& selection) {
+  TurnBits<T, kTurns> bits = selection.selected, ties = selection.ties;
+  if (Unlikely(selection.tied_key == 0)) {  // which is also the key of what is not in the window
+    const auto valid = ValidElements<T, kTurns>(tile.position, tile.length);
+#pragma unroll
+    for (int word = 0; word < valid.kWords; ++word) ties.words[word] &= valid.words[word];
+  }
+  const TurnPlaces<T, kTurns> places(cta, ties, 1);
+#pragma unroll
+  for (int turn = 0; turn < kTurns; ++turn) {
+    const uint32_t of_turn = ties.OfTurn(turn);
+    const int32_t room = static_cast<int32_t>(selection.num_ties - places.of[turn]);
+    uint32_t dropped = of_turn;
+#pragma unroll
+    for (int i = 0; i < T::kPerVector; ++i) dropped &= room > i ? dropped - 1 : ~0u;
+    bits.SetTurn(turn, of_turn ^ dropped);
+  }
+  return bits;
+}
 
 // The bits of an element in the tile in shared memory, by its number there.
 template <typename T>
@@ -518,9 +526,7 @@ __device__ __forceinline__ void WriteShortRow(Cta& cta, const ShortTile<T, kTurn
                                               int32_t count, int32_t skew,
                                               const RowOutput<T>& output) {
   TurnBits<T, kTurns> bits = selection.selected;
-  if (Unlikely(selection.num_ties != 0)) {
-    AddFirst(cta, tile, selection.ties, selection.num_ties, &bits);
-  }
+  if (Unlikely(selection.num_ties != 0)) bits = AddFirstTies(cta, tile, selection);
   const TurnPlaces<T, kTurns> places(cta, bits, 0);
   int32_t* positions = reinterpret_cast<int32_t*>(cta.own) + (output.is_sorted ? output.k : 0);
 #pragma unroll
@@ -612,18 +618,12 @@ __device__ __forceinline__ bool IsAmongFirst(const uint32_t* keys, const uint32_
 // Bins that spread the open elements, the keys that each has room for, and the most elements that
 // are spread: of so few hardly any bin has more keys than room.
 constexpr int kSpreadBins = 128;
-constexpr uint32_t kKeysPerBin = 8;
+constexpr uint32_t kKeysPerBin = 12;
 template <typename T>
-constexpr uint32_t kMaxSpread = T::kBits == 32 ? 2 * kSpreadBins : 1024;
+constexpr uint32_t kMaxSpread = T::kBits == 32 ? 5 * kSpreadBins : 1024;
 
-// Whether the keys of a coarse bin have all but their low bits in common: those at the ends of
-// either half may not.
-__device__ __forceinline__ bool IsSpreadable(uint32_t coarse_bin) {
-  return (coarse_bin + 1) % kHalfBins > 1;
-}
-
-// Finds the key of a rank (1-based) among the open elements of a spreadable bin of a 16-bit type,
-// by counting each of its keys. In: the histogram is zero, ordered by a barrier. One barrier.
+// Finds the key of a rank (1-based) among the open elements of an even bin of a 16-bit type, by
+// counting each of its keys. In: the histogram is zero, ordered by a barrier. One barrier.
 template <typename T, int kTurns>
 __device__ __forceinline__ DirectPivot RankByCounting(const Cta& cta,
                                                       const ShortTile<T, kTurns>& tile,
@@ -644,9 +644,8 @@ __device__ __forceinline__ DirectPivot RankByCounting(const Cta& cta,
   const int holder = __ffs(WarpBallot(reached >= rank)) - 1;
   const uint32_t num_equal = WarpBroadcast(count, holder);
   const uint32_t above = WarpBroadcast(reached, holder) - num_equal;
-  return DirectPivot{
-      CoarseLowestKey<T>(coarse_bin) + T::kKeysPerStep - 1 - static_cast<uint32_t>(holder),
-      rank - above, num_equal};
+  return DirectPivot{CoarseKeys<T>(coarse_bin).highest - static_cast<uint32_t>(holder),
+                     rank - above, num_equal};
 }
 
 // The same of float32, by bins of their own, which keep their keys. Returns whether the rank's bin
@@ -656,10 +655,10 @@ __device__ __forceinline__ bool RankBySpreading(const Cta& cta, const ShortTile<
                                                 const TurnBits<T, kTurns>& open, uint32_t rank,
                                                 DirectPivot* pivot) {
   static_assert(kSpreadBins == 4 * 32, "a vector of bins for each lane");
-  static_assert(kKeysPerBin == 8 && kSpreadBins * (1 + kKeysPerBin) <= kBins,
-                "two vectors of keys");
+  static_assert(kKeysPerBin == 12 && kSpreadBins * (1 + kKeysPerBin) <= kBins,
+                "three vectors of keys");
   constexpr int kShift = 11;
-  static_assert(FloatSteps::kScale << 16 == kSpreadBins << kShift, "the keys of a coarse bin");
+  static_assert(T::kKeysPerStep == kSpreadBins << kShift, "the keys of a coarse bin");
   uint32_t* keys = cta.bins + kSpreadBins;  // of each bin, behind the counts
   VisitOpenPairs(open, [&](const OpenPair& pair) {
     uint32_t key[2], bin[2], place[2];
@@ -697,11 +696,12 @@ __device__ __forceinline__ bool RankBySpreading(const Cta& cta, const ShortTile<
     const uint32_t own_rank = rank - (found >> 8 & 0xfffu);
     // Behind the last key there are zeros, the key of none here.
     const uint32_t* of_bin = keys + kKeysPerBin * (found & 0xffu);
-    const uint32_t key = of_bin[lane % kKeysPerBin];
+    const uint32_t key = of_bin[min(lane, kKeysPerBin - 1)];
     KeysAhead ahead;
     ahead.Count(LoadShared(reinterpret_cast<const uint4*>(of_bin)), key);
     if (Unlikely(found >> 20 > 4)) {
       ahead.Count(LoadShared(reinterpret_cast<const uint4*>(of_bin) + 1), key);
+      ahead.Count(LoadShared(reinterpret_cast<const uint4*>(of_bin) + 2), key);
     }
     const bool has_room = found >> 20 <= kKeysPerBin;
     const bool has_rank = ahead.greater < own_rank && own_rank <= ahead.reached;
@@ -728,9 +728,9 @@ __device__ __forceinline__ ShortSelection<T, kTurns> SelectElements(
   const uint32_t bin = estimate.bracket.lowest;
   TurnMasks<T, kTurns> masks = bins.MasksOf(4 * bin, 4 * bin + 4);
   const uint32_t capacity = static_cast<uint32_t>(args.list_capacity);
-  ShortSelection<T, kTurns> selection{masks.certain, {}, 0};
+  ShortSelection<T, kTurns> selection{masks.certain, {}, 0, 0};
   DirectPivot pivot;
-  const bool is_spread = IsSpreadable(bin) && estimate.inside > kMaxByOwner &&
+  const bool is_spread = IsEvenBin(bin) && estimate.inside > kMaxByOwner &&
                          estimate.inside <= min(kMaxSpread<T>, capacity);
   bool has_pivot = false;
   if (is_spread) {
@@ -756,6 +756,7 @@ __device__ __forceinline__ ShortSelection<T, kTurns> SelectElements(
         if (estimate.inside > rank) {
           selection.ties = masks.open;
           selection.num_ties = rank;
+          selection.tied_key = estimate.bracket.lowest;
         } else {
           selection.selected.Add(masks.open);
         }
@@ -790,6 +791,7 @@ __device__ __forceinline__ ShortSelection<T, kTurns> SelectElements(
   }
   const bool drops_ties = pivot.num_equal > pivot.num_ties;
   if (Unlikely(drops_ties)) selection.num_ties = pivot.num_ties;
+  selection.tied_key = pivot.key;
   VisitOpenPairs(masks.open, [&](const OpenPair& pair) {
     uint32_t key[2];
 #pragma unroll
@@ -821,7 +823,7 @@ __device__ __forceinline__ void SelectShortRow(Cta& cta, const TopKArgs& args,
   const bool selects_all = window.length <= args.k;
   ShortSelection<T, kTurns> selection;
   if (Unlikely(selects_all)) {
-    selection = {ValidElements<T, kTurns>(tile.position, tile.length), {}, 0};
+    selection = {ValidElements<T, kTurns>(tile.position, tile.length), {}, 0, 0};
   } else {
     selection = SelectElements(cta, args, tile);
   }

@@ -79,19 +79,17 @@ __device__ __forceinline__ unsigned char* WarpTile(const Cta& cta, int slot) {
   return cta.tiles + (slot * kWarps + cta.warp) * (kWarpTile<T> * kVectorBytes);
 }
 
-// Starts copying tile `index` of a warp's stretch; also commits, so that every tile is one group,
-// even one that does not exist.
+// Starts copying the tile that begins at vector `first` of a warp's stretch, which ends at `last`;
+// also commits, so that every tile is one group, even one that does not exist.
 template <typename T>
-__device__ __forceinline__ void StartTile(const Cta& cta, const RowWindow& window, const Part& part,
-                                          int32_t index, int slot) {
-  const int64_t first = part.first + int64_t{index} * kWarpTile<T>;
-  if (first < part.last) {
-    const int32_t count = part.last - static_cast<int32_t>(first);  // it may exceed a tile
-    const unsigned char* from = window.vectors + (first + cta.lane) * kVectorBytes;
+__device__ __forceinline__ void StartTile(const Cta& cta, const RowWindow& window, int32_t first,
+                                          int32_t last, int slot) {
+  const int32_t count = last - first;  // it may exceed a tile
+  if (count > 0) {
+    const unsigned char* from = window.vectors + int64_t{first + cta.lane} * kVectorBytes;
     unsigned char* to = WarpTile<T>(cta, slot) + cta.lane * kVectorBytes;
     if (Unlikely(window.leaves_operand)) {
-      CopyAtEdge<T>(window, static_cast<int32_t>(first) + cta.lane,
-                    static_cast<int32_t>(first) + min(count, kWarpTile<T>), 32, to, 32);
+      CopyAtEdge<T>(window, first + cta.lane, first + min(count, kWarpTile<T>), 32, to, 32);
     } else {
 #pragma unroll
       for (int v = 0; v < T::kMaxVectors; ++v) {
@@ -109,7 +107,9 @@ template <typename T>
 __device__ __forceinline__ void StartStream(const Cta& cta, const RowWindow& window,
                                             const Part& part, int num_stages) {
 #pragma unroll 1
-  for (int i = 0; i < num_stages; ++i) StartTile<T>(cta, window, part, i, i);
+  for (int i = 0; i < num_stages; ++i) {
+    StartTile<T>(cta, window, part.first + i * kWarpTile<T>, part.last, i);
+  }
 }
 
 // Makes room for `count` more entries of the warp's list. Returns the chunk of the first entry that
@@ -234,19 +234,17 @@ __device__ __forceinline__ void FilterStreamBy(const Cta& cta, const RowWindow& 
                                                WarpPart* warp) {
   int slot = 0;
 #pragma unroll 1
-  for (int32_t index = 0;; ++index) {
-    const int64_t first = warp->part.first + int64_t{index} * kWarpTile<T>;
-    if (first >= warp->part.last) break;
+  for (int32_t first = warp->part.first; first < warp->part.last; first += kWarpTile<T>) {
     if (num_stages == 1) {
       CopyAsyncWait<0>();
     } else {
       CopyAsyncWait<1>();
     }
     SyncWarp();  // this tile's copies before its reads
-    FilterWarpTile<T, kComparison>(cta, window, pool, WarpTile<T>(cta, slot),
-                                   static_cast<int32_t>(first), bracket, flip, warp);
+    FilterWarpTile<T, kComparison>(cta, window, pool, WarpTile<T>(cta, slot), first, bracket, flip,
+                                   warp);
     SyncWarp();  // the tile's reads before its refill; the list before its reads
-    StartTile<T>(cta, window, warp->part, index + num_stages, slot);
+    StartTile<T>(cta, window, first + num_stages * kWarpTile<T>, warp->part.last, slot);
     slot = slot + 1 == num_stages ? 0 : slot + 1;
   }
 }

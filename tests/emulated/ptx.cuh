@@ -145,13 +145,17 @@ inline void SetIfAtLeast(uint32_t* bits, uint32_t bit, int32_t word, int32_t bou
 inline uint32_t AppendCarry(uint32_t bits, uint32_t a, uint32_t b) {
   return 2 * bits + (a + b < a);
 }
-inline int UseHere(int index) { return index; }
+template <typename Word>
+Word UseHere(Word index) {
+  return index;
+}
 inline uint32_t CountCarry(uint32_t count, uint32_t a, uint32_t b) { return count + (a + b < a); }
 inline float FloatOfBits(uint32_t bits) {
   float value;
   std::memcpy(&value, &bits, sizeof(value));
   return value;
 }
+inline uint32_t MinOfSum(uint32_t a, uint32_t b, uint32_t c) { return a + b < c ? a + b : c; }
 inline uint32_t UpperProduct(uint32_t a, uint32_t b) {
   return static_cast<uint32_t>(uint64_t{a} * b >> 32);
 }
