@@ -52,8 +52,8 @@ __device__ __forceinline__ void JoinCluster(const Cta& cta) {
   ClusterArrive();
 }
 
-// Prepares what is shared in the CTA. The caller puts a barrier between this and its use.
-__device__ __forceinline__ void InitCta(const Cta& cta) {
+// Prepares the header. The caller puts a barrier between this and its use.
+__device__ __forceinline__ void InitHeader(const Cta& cta) {
   SharedHeader* header = cta.header;
   if (cta.thread == kThreads - 1) {  // of a warp that has no barrier to do
     header->num_chunks = 0;
@@ -63,7 +63,6 @@ __device__ __forceinline__ void InitCta(const Cta& cta) {
     header->pivot_key = 0;
     header->pivot_ties = 0;
   }
-  ClearBins(cta);
 }
 
 // The CTAs that need all open keys: those that have some, and those between them. The others know
@@ -320,6 +319,7 @@ __device__ __forceinline__ void SelectRow(const TopKArgs& args) {
   // What needs no global memory comes before the wait.
   const int64_t row = RowIndex();
   Cta cta = MakeCta(args, kHasClusters ? ClusterRank() : 0);
+  InitHeader(cta);
   if (kHasClusters) JoinCluster(cta);
   const unsigned char* row_begin =
       static_cast<const unsigned char*>(args.operand) + row * args.width * T::kBytes;
@@ -331,7 +331,7 @@ __device__ __forceinline__ void SelectRow(const TopKArgs& args) {
   const int32_t raw_length = LoadWord(args.lengths + row);
   // While the length is on its way: where kernels do not overlap, whatever comes before its load
   // delays the row.
-  InitCta(cta);
+  ClearBins(cta);
   // By CTAs that leave next, too: one that has arrived and left might be counted twice, and the
   // others would go on too early.
   if (kHasClusters) ClusterWait();
