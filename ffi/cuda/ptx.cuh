@@ -122,12 +122,13 @@ __device__ __forceinline__ void ComputeHere(V*& pointer) {
   asm volatile("" : "+l"(pointer));
 }
 
-// An index, of which nothing that depends on it is computed earlier than here. The compiler would
-// compute such things at the kernel's start and keep them, for want of registers in local memory.
+// A word, of which nothing that depends on it is computed earlier than here. What depends on
+// indices the compiler would compute at the kernel's start and keep, for want of registers in local
+// memory.
 template <typename Word>
-__device__ __forceinline__ Word UseHere(Word index) {
-  asm volatile("" : "+r"(index));
-  return index;
+__device__ __forceinline__ Word UseHere(Word word) {
+  asm volatile("" : "+r"(word));
+  return word;
 }
 
 // count + (a + b does not fit a word): two instructions.

@@ -146,8 +146,8 @@ inline uint32_t AppendCarry(uint32_t bits, uint32_t a, uint32_t b) {
   return 2 * bits + (a + b < a);
 }
 template <typename Word>
-Word UseHere(Word index) {
-  return index;
+Word UseHere(Word word) {
+  return word;
 }
 inline uint32_t CountCarry(uint32_t count, uint32_t a, uint32_t b) { return count + (a + b < a); }
 inline float FloatOfBits(uint32_t bits) {
