@@ -9,6 +9,7 @@ defects and shows that they do.
 from __future__ import annotations
 
 import ctypes
+import pathlib
 
 import emulation
 import inputs
@@ -18,6 +19,7 @@ import pytest
 
 from jax_topk.bench import oracle
 
+ROOT = pathlib.Path(__file__).parents[1]
 DTYPES = [np.float32, jnp.bfloat16, np.float16]
 PLANS = [
     "",
@@ -178,12 +180,33 @@ def test_random_rows_plans_and_schedules(library, seed):
         )
 
 
+def sampled_elements(width: int) -> np.ndarray:
+    """The elements that the kernel samples of an aligned float32 row, of one round."""
+    source = (ROOT / "ffi" / "cuda" / "estimate_bracket.cuh").read_text()
+    assert "const uint32_t jitter = ((piece + 1) * 0x9E3779B1u) >> kStretchBits;" in source
+    num_vectors, pieces = 768, 192
+    stretch = (width // 4 - 3) * (2**32 // pieces) >> 18
+    number = np.arange(num_vectors)
+    piece = number // 4
+    place = (piece << 18) + ((piece + 1) * 0x9E3779B1 % 2**32 >> 14)
+    vectors = (place * stretch >> 32) + number % 4
+    return (4 * vectors[:, None] + np.arange(4)).ravel()
+
+
 def rows_that_mislead_a_sample(width: int) -> np.ndarray:
-    """Neighbours are alike, so the sample says less than its size promises: the guess fails."""
+    """Too much is above the guess in the first row, and too little in the second one.
+
+    In the others neighbours are alike, so the sample says less than its size promises.
+    """
     rng = np.random.default_rng(8)
     rows, run = 12, 50
     x = np.repeat(rng.normal(size=(rows, width // run)), run, axis=1)
-    return (x + 1e-4 * rng.normal(size=x.shape)).astype(np.float32)
+    x += 1e-4 * rng.normal(size=x.shape)
+    sampled = rng.permutation(sampled_elements(width))
+    x[:2] = rng.normal(size=(2, width))
+    x[0, rng.permutation(np.delete(np.arange(width), sampled))[:3000]] += 20
+    x[1, sampled[:600]] += 20
+    return x.astype(np.float32)
 
 
 @pytest.mark.parametrize(
