@@ -213,10 +213,12 @@ def test_constants_of_the_path_are_those_of_the_kernel():
         ("", "float32", False, 64, 0, "copy"),
         ("", "float32", True, 64, 0, "short"),
         ("", "float32", False, 65, 0, "short"),
-        ("", "float32", True, 10753, 0, "short"),  # 384 threads of more than seven vectors of four
-        ("", "float32", True, 16896, 0, "short"),  # eleven vectors
-        ("", "float32", True, 16897, 0, "resident"),
-        ("", "float32", True, 16896, 1, "resident"),  # one vector more, by its alignment
+        ("", "float32", True, 10752, 0, "short"),  # 384 threads of seven vectors of four
+        ("", "float32", True, 10753, 0, "resident"),
+        ("cluster=4", "float32", True, 16896, 0, "short"),  # eleven vectors
+        ("cluster=5", "float32", True, 16896, 0, "resident"),
+        ("cluster=4", "float32", True, 16897, 0, "resident"),
+        ("cluster=4", "float32", True, 16896, 1, "resident"),  # one vector more, by its alignment
         ("cluster=1", "float32", True, 16896, 0, "short"),
         ("cluster=1", "float32", True, 16897, 0, "streamed"),
         ("cluster=2", "float32", True, 24576, 0, "resident"),  # eight vectors
@@ -225,8 +227,10 @@ def test_constants_of_the_path_are_those_of_the_kernel():
         ("cluster=2,stages=1", "float32", True, 21505, 0, "streamed"),
         ("cluster=2", "bfloat16", True, 24576, 0, "resident"),  # four vectors of eight
         ("cluster=2", "bfloat16", True, 24577, 0, "streamed"),
-        ("cluster=2", "float16", True, 9216, 0, "short"),
-        ("cluster=2", "float16", True, 9217, 0, "resident"),
+        ("", "float16", True, 9216, 0, "short"),
+        ("", "float16", True, 9217, 0, "resident"),
+        ("cluster=2", "float16", True, 18432, 0, "short"),
+        ("cluster=2", "float16", True, 18433, 0, "resident"),
         ("cluster=1", "float16", True, 18432, 0, "short"),
         ("cluster=1", "float16", True, 18433, 0, "streamed"),
         ("path=sample", "float32", True, 65, 0, "resident"),
