@@ -426,6 +426,15 @@ KERNEL = (
         _emulated("test_open_elements_of_a_short_row"),
     ),
     Mutant(
+        "sample_of_a_row_too_short_for_one",
+        EMULATED,
+        "ffi/cuda/estimate_bracket.cuh",
+        "if (HasElements()) Load(window, 0);",
+        "Load(window, 0);",
+        "Four vectors are read of a row that has fewer: behind the operand, if it is the last one.",
+        _emulated("test_rows_around_the_shortest_that_has_a_sample"),
+    ),
+    Mutant(
         "last_keys_of_a_full_bin_not_compared",
         EMULATED,
         "ffi/cuda/short_row.cuh",
