@@ -8,10 +8,10 @@
 namespace jax_topk {
 namespace {
 
-// Entries beyond k that the list may hold. A sample of 4096 elements places the lower bound so
-// that a row of 160 K keeps about 3400 entries for k = 2048 with a standard deviation of 375, so
-// overflow needs an error of seven deviations. With fewer, more rows take the exact path.
-constexpr int64_t kSpareEntries = 4096;
+// Entries beyond k that the list may hold. A row of 160 K keeps about 3500 entries for k = 2048,
+// with a standard deviation of 430, and 6200 for k = 4096, with one of 570, so overflow needs an
+// error of six or seven deviations. With fewer, more rows take the exact path.
+constexpr int64_t SpareEntries(int64_t k) { return std::max<int64_t>(4096, k + k / 2); }
 constexpr int64_t kFewSpareEntries = 1024;
 constexpr int64_t kMinSpareEntries = 256;
 
@@ -135,7 +135,7 @@ std::string PlanLaunch(const Problem& problem, const DeviceLimits& limits,
   if (problem.rows * cluster >= (int64_t{1} << 31)) {
     return TooManyRows(problem, cluster);
   }
-  int64_t spare = overrides.candidates > 0 ? overrides.candidates : kSpareEntries;
+  int64_t spare = overrides.candidates > 0 ? overrides.candidates : SpareEntries(problem.k);
   const int64_t smem_limit =
       std::min(limits.smem_per_block_bytes, limits.smem_per_sm_bytes - kSmemReservedPerBlock);
   // Where every CTA has an SM to itself, its shared memory is better spent on loads in flight.
