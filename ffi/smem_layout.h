@@ -91,10 +91,15 @@ inline constexpr uint32_t kKeptPerBin = 32;  // one for each lane of a warp
 inline constexpr uint32_t kKeptStride = kPivotBins + 2;
 inline constexpr int64_t kKeptBytes = kKeptPerBin * kKeptStride * 2;
 
-// What sorting `count` pairs takes, besides the pairs: room for them in bins, a place for each word
-// of the histogram, and lists of bins that hold several, for each warp as long as all its pairs.
+// Pairs of a sorted row that one thread has. A row of k = 2048 does not wait for the code of more.
+inline constexpr int kFewPairTurns = 6;
+inline constexpr int kMostPairTurns = (kMaxK + kThreads - 1) / kThreads;
+constexpr bool HasFewPairs(int64_t k) { return k <= kFewPairTurns * kThreads; }
+
+// What sorting `count` pairs takes: room for them in bins, a place for each word of the histogram,
+// and a list of bins that hold several.
 constexpr int64_t SortBytes(int64_t count) {
-  return AlignUp(count * 8, 16) + int64_t{kBins} * 2 + AlignUp(kMaxK, kThreads) * 2;
+  return AlignUp(count * 8, 16) + int64_t{kBins} * 2 + kMaxK / 2 * 2;
 }
 
 struct SmemLayout {

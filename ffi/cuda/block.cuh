@@ -63,10 +63,8 @@ struct SharedHeader {
   uint32_t num_own;                // open keys that were copied from them
   uint32_t pivot_key;              // see UpToGreatest too
   uint32_t pivot_ties;             // see RankDirectly
-  uint32_t crowd;                  // a bin of pairs overflowed, see CountPairs
   uint4 found[2];                  // see FindRanks, FindPivot, RankBySpreading
   uint4 warp_keys[kWarps];         // see FindKeys
-  uint32_t zeros[32];              // see CountPairs
   PartCounts warp_counts[kWarps];  // see SumOverWarps
   uint32_t turn_sums[2][kMaxCountWords][kWarps];  // see TurnPlaces
   uint32_t warp_listed[kWarps];                   // entries of each warp's list

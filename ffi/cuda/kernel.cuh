@@ -262,10 +262,11 @@ __device__ __forceinline__ int32_t VectorsPerCta(const TopKArgs& args, int32_t n
   return max(static_cast<int32_t>(each), args.part_vectors);
 }
 
-// Selects from a row that is not copied. Returns whether this CTA has a sorted row's pairs to sort.
+// Selects from a row that is not copied. Returns what this CTA has to sort if the output is sorted.
 template <typename T, bool kHasClusters>
-__device__ __forceinline__ bool SelectWindow(Cta& cta, const TopKArgs& args,
-                                             const RowWindow& window, const RowOutput<T>& output) {
+__device__ __forceinline__ Unsorted SelectWindow(Cta& cta, const TopKArgs& args,
+                                                 const RowWindow& window,
+                                                 const RowOutput<T>& output) {
   const bool is_forced_short =
       args.path == static_cast<int>(Path::kShort) || window.length <= args.k;
   const int32_t short_vectors = kThreads * (args.uses_large_tile ? kLargeTurns<T> : kMostTurns<T>);
@@ -273,7 +274,7 @@ __device__ __forceinline__ bool SelectWindow(Cta& cta, const TopKArgs& args,
   // waits less for its instructions where other kernels have run before.
   if (Unlikely((args.path == static_cast<int>(Path::kAuto) || is_forced_short) &&
                window.num_vectors <= short_vectors)) {
-    if (cta.rank != 0) return false;
+    if (cta.rank != 0) return Unsorted::kNothing;
     if (window.num_vectors <= kThreads * kFewTurns<T>) {
       SelectShortRow<T, kFewTurns<T>>(cta, args, window, output);
     } else if (window.num_vectors > kThreads * kMostTurns<T>) {
@@ -284,7 +285,7 @@ __device__ __forceinline__ bool SelectWindow(Cta& cta, const TopKArgs& args,
     } else {
       SelectShortRow<T, kMiddleTurns<T>>(cta, args, window, output);
     }
-    return true;
+    return Unsorted::kPositions;
   }
   // Its loads come first: what follows takes as long as they do.
   Sample<T> sample(cta.thread, window);
@@ -294,7 +295,7 @@ __device__ __forceinline__ bool SelectWindow(Cta& cta, const TopKArgs& args,
     // CTAs whose part is not empty.
     cta.num_active = __popc(
         WarpBallot(cta.lane < args.cluster_size && int64_t{each} * cta.lane < window.num_vectors));
-    if (cta.rank >= cta.num_active) return false;
+    if (cta.rank >= cta.num_active) return Unsorted::kNothing;
   }
   Part part;
   part.first = each * cta.rank;
@@ -308,13 +309,15 @@ __device__ __forceinline__ bool SelectWindow(Cta& cta, const TopKArgs& args,
   } else {
     SelectStreamedRow<T>(cta, args, window, sample, part, output);
   }
-  return cta.rank == 0;
+  return cta.rank == 0 ? Unsorted::kPairs : Unsorted::kNothing;
 }
 
-// What the launch fixes for all rows is fixed when the kernel is compiled: sorted rows or not,
-// several CTAs per row or one. One kernel for all launches takes 2 to 6 % longer.
-template <typename T, bool kIsSorted, bool kHasClusters>
+// What the launch fixes for all rows is fixed when the kernel is compiled: whether rows are sorted,
+// and how many pairs of theirs a thread has at most, or 0; several CTAs per row or one. One kernel
+// for all launches takes 2 to 6 % longer.
+template <typename T, int kPairTurns, bool kHasClusters>
 __device__ __forceinline__ void SelectRow(const TopKArgs& args) {
+  constexpr bool kIsSorted = kPairTurns > 0;
   AllowNextKernel();
   // What needs no global memory comes before the wait.
   const int64_t row = RowIndex();
@@ -352,11 +355,13 @@ __device__ __forceinline__ void SelectRow(const TopKArgs& args) {
     CopyValues(window, output);
     return;
   }
-  const bool has_pairs = SelectWindow<T, kHasClusters>(cta, args, window, output);
-  if (!kIsSorted || !has_pairs) return;
-  const int32_t count = min(length, args.k);
-  SortAndStore<T>(cta, count, output);
-  if (count < args.k) PadRow(output, count);
+  const Unsorted unsorted = SelectWindow<T, kHasClusters>(cta, args, window, output);
+  if constexpr (kIsSorted) {
+    if (unsorted == Unsorted::kNothing) return;
+    const int32_t count = min(length, args.k);
+    SortAndStore<T, kPairTurns>(cta, unsorted, count, window.skew, output);
+    if (count < args.k) PadRow(output, count);
+  }
 }
 
 }  // namespace jax_topk

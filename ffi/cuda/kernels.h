@@ -11,8 +11,8 @@ namespace jax_topk {
 
 using Kernel = void (*)(TopKArgs);
 
-// Of one type: [are rows sorted][are there clusters].
-using KernelsOfType = std::array<std::array<Kernel, 2>, 2>;
+// Of one type: [0: not sorted, 1: sorted, of few pairs, 2: of many][are there clusters].
+using KernelsOfType = std::array<std::array<Kernel, 2>, 3>;
 
 // Each in a source file of its own, so that they compile side by side.
 extern const KernelsOfType kFloat32Kernels;

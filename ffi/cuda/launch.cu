@@ -16,7 +16,8 @@ Kernel FindKernel(const Problem& problem, const LaunchPlan& plan) {
   const KernelsOfType& kernels = problem.dtype == DType::kFloat32    ? kFloat32Kernels
                                  : problem.dtype == DType::kBFloat16 ? kBFloat16Kernels
                                                                      : kFloat16Kernels;
-  return kernels[problem.is_sorted][plan.cluster_size > 1];
+  const int order = !problem.is_sorted ? 0 : HasFewPairs(problem.k) ? 1 : 2;
+  return kernels[order][plan.cluster_size > 1];
 }
 
 constexpr int kMaxDevices = 64;
@@ -114,7 +115,7 @@ std::string QueryDevice(int device, DeviceLimits* limits) {
   plan.smem_bytes = smem_per_block;
   LaunchAttributes attributes;
   const cudaLaunchConfig_t config = MakeConfig(plan, false, nullptr, &attributes);
-  const Kernel kernel = kFloat32Kernels[false][true];
+  const Kernel kernel = kFloat32Kernels[0][true];
   int cluster_size = 1;
   error = cudaOccupancyMaxPotentialClusterSize(&cluster_size, kernel, &config);
   if (error != cudaSuccess) return Describe("asking for the largest cluster", error);

@@ -39,10 +39,17 @@ struct KeyOrder {
   __device__ __forceinline__ static uint32_t Bits(uint32_t key, uint32_t flip) {
     return (key & kSign ? key ^ kSign : key ^ kMaxKey) ^ flip;
   }
-  // The value whose key it is where the largest are wanted; of float32.
-  __device__ __forceinline__ static float OrderedValue(uint32_t key) {
+  // ~Key(bits, flip), and back; of float32 in fewer instructions, two and one for the flip.
+  __device__ __forceinline__ static uint32_t InvertedKey(uint32_t bits, uint32_t flip) {
+    return kBits == 32 ? InvertMagnitude(bits ^ flip) : ~Key(bits, flip);
+  }
+  __device__ __forceinline__ static uint32_t BitsOfInverted(uint32_t inverted_key, uint32_t flip) {
+    return kBits == 32 ? InvertMagnitude(inverted_key) ^ flip : Bits(~inverted_key, flip);
+  }
+  // The value whose inverted key it is where the largest are wanted; of float32.
+  __device__ __forceinline__ static float ValueOfInverted(uint32_t inverted_key) {
     static_assert(kBits == 32, "the bits of a float");
-    return FloatOfBits(Bits(key, 0));
+    return FloatOfBits(InvertMagnitude(inverted_key));
   }
   __device__ __forceinline__ static uint32_t Element(const uint4& vector, int i) {
     if constexpr (kBits == 32) {
@@ -68,6 +75,13 @@ struct KeyOrder {
     } else {
       return i == 0 ? vector.x : i == 1 ? vector.y : i == 2 ? vector.z : vector.w;
     }
+  }
+
+ private:
+  // Of a float32 whose sign bit is clear. Its own inverse.
+  __device__ __forceinline__ static uint32_t InvertMagnitude(uint32_t word) {
+    const auto signs = static_cast<uint32_t>(static_cast<int32_t>(word) >> 31);
+    return word ^ (~signs & 0x7fffffffu);
   }
 };
 

@@ -477,49 +477,8 @@ __device__ __forceinline__ TurnBits<T, kTurns> AddFirstTies(
   return bits;
 }
 
-// The bits of an element in the tile in shared memory, by its number there.
-template <typename T>
-__device__ __forceinline__ uint32_t ElementInTile(const Cta& cta, int32_t number) {
-  if constexpr (T::kBytes == 4) {
-    return reinterpret_cast<const uint32_t*>(cta.tiles)[number];
-  } else {
-    return reinterpret_cast<const uint16_t*>(cta.tiles)[number];
-  }
-}
-
-// Makes pairs of the elements at `count` positions, which lie in the second half of the room for
-// the pairs, ordered by a barrier. `skew`: number of the element at position 0.
-template <typename T>
-__device__ __forceinline__ void MakePairs(Cta& cta, int32_t count, int32_t skew,
-                                          const RowOutput<T>& output) {
-  if (count == 0) return;
-  const int32_t* positions = reinterpret_cast<const int32_t*>(cta.own) + output.k;
-  uint2* pairs = reinterpret_cast<uint2*>(cta.own);
-  VisitGroups(count, [&](auto group) {
-    int32_t of[group.kCount];
-    uint32_t keys[group.kCount];
-#pragma unroll
-    for (int i = 0; i < group.kCount; ++i) {
-      of[i] = positions[min(group.Number(i, cta.thread), count - 1)];
-    }
-    // Pair i lies on the positions 2 i - k and 2 i - k + 1, which come no later than its own: pairs
-    // never overwrite positions of later groups.
-    SyncThreads();  // the positions before pairs overwrite them
-#pragma unroll
-    for (int i = 0; i < group.kCount; ++i) {
-      keys[i] = T::Key(ElementInTile<T>(cta, of[i] + skew), output.flip);
-    }
-#pragma unroll
-    for (int i = 0; i < group.kCount; ++i) {
-      const int place = group.Number(i, cta.thread);
-      if (place < count) {
-        pairs[place] = make_uint2(static_cast<uint32_t>(of[i]), ~keys[i]);
-      }
-    }
-  });
-}
-
-// Writes the selected elements, `count` in all.
+// Writes the selected elements, `count` in all. Of a sorted row, puts their positions where
+// SortAndStore takes them from.
 template <typename T, int kTurns>
 __device__ __forceinline__ void WriteShortRow(Cta& cta, const ShortTile<T, kTurns>& tile,
                                               const ShortSelection<T, kTurns>& selection,
@@ -528,7 +487,7 @@ __device__ __forceinline__ void WriteShortRow(Cta& cta, const ShortTile<T, kTurn
   TurnBits<T, kTurns> bits = selection.selected;
   if (Unlikely(selection.num_ties != 0)) bits = AddFirstTies(cta, tile, selection);
   const TurnPlaces<T, kTurns> places(cta, bits, 0);
-  int32_t* positions = reinterpret_cast<int32_t*>(cta.own) + (output.is_sorted ? output.k : 0);
+  int32_t* positions = reinterpret_cast<int32_t*>(cta.own);
 #pragma unroll
   for (int turn = 0; turn < kTurns; ++turn) {
     SharedCursor cursor(positions + places.of[turn]);
@@ -537,11 +496,8 @@ __device__ __forceinline__ void WriteShortRow(Cta& cta, const ShortTile<T, kTurn
       cursor.AppendIf(bits.words[i / 32] & 1u << i % 32, tile.Position(i));
     }
   }
+  if (output.is_sorted) return;
   SyncThreads();  // the staged output before its reads
-  if (output.is_sorted) {
-    MakePairs<T>(cta, count, skew, output);
-    return;
-  }
   StoreIndices(positions, output.indices, count);
   if (!Unlikely(output.values != nullptr)) return;
 #pragma unroll 1

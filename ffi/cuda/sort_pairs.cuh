@@ -1,13 +1,14 @@
 // Sorted output: a row's selected elements, best first, by one CTA.
 //
-// Counts the pairs by 16384 bins of four bits, places every pair in its bin by an exclusive scan,
-// and sorts the few bins that hold several, a thread each. Bins are even in key; if keys span too
-// many octaves, around zero most of all, even in value, or in key without the octaves around zero.
-// Where there are bins between two keys (keys of 16 bits, also as float32, or small integers), they
-// divide equal ones by their numbers. If a bin overflows all the same, the pairs of the highest and
-// the lowest key, which need no comparing, get bins of their own (infinities, or a plateau that k
-// cuts), the others are spread anew, and if that does not help, a bitonic sort takes over, with
-// log2(k)^2 / 2 steps of one barrier each.
+// Threads hold the pairs in registers, count them by 16384 bins of four bits, place every pair in
+// its bin by an exclusive scan, and sort the few bins that hold several, a thread each. Bins are
+// even in key, or even in value where keys span many octaves, around zero most of all. What few
+// rows need is apart, in a function of its own: code that lies in the way costs all others 0.5 us.
+// There, where bins lie between two keys (keys of 16 bits, also as float32, or small integers),
+// they divide equal ones by their numbers. If a bin overflows all the same, the pairs of the
+// highest and the lowest key, which need no comparing, get bins of their own (infinities, or a
+// plateau that k cuts), the others are spread anew, and if that does not help, a bitonic sort takes
+// over, with log2(k)^2 / 2 steps of one barrier each.
 
 #ifndef JAX_TOPK_CUDA_SORT_PAIRS_CUH_
 #define JAX_TOPK_CUDA_SORT_PAIRS_CUH_
@@ -54,40 +55,43 @@ __device__ __forceinline__ void Exchange(uint2* better, uint2* worse) {
   *worse = swaps ? a : b;
 }
 
-// Sorts the pairs of one bin, by one thread.
-__device__ __forceinline__ void SortBin(uint2* bin, int count) {
-  if (Unlikely(count > 4)) {
-#pragma unroll 1
-    for (int i = 1; i < count; ++i) {
-      const uint2 pair = bin[i];
-      int place = i;
-#pragma unroll 1
-      for (; place > 0; --place) {
-        const uint2 before = bin[place - 1];
-        if (!IsBetter(pair, before)) break;
-        bin[place] = before;
-      }
-      bin[place] = pair;
-    }
-    return;
-  }
+// Sorts the pairs of one bin, at most four, by one thread.
+__device__ __forceinline__ void SortFew(uint2* bin, uint32_t count) {
   uint2 of[4];
 #pragma unroll
-  for (int i = 0; i < 4; ++i) of[i] = i < count ? bin[i] : make_uint2(~0u, ~0u);
+  for (uint32_t i = 0; i < 4; ++i) of[i] = i < count ? bin[i] : make_uint2(~0u, ~0u);
   Exchange(&of[0], &of[1]);
   Exchange(&of[2], &of[3]);
   Exchange(&of[0], &of[2]);
   Exchange(&of[1], &of[3]);
   Exchange(&of[1], &of[2]);
 #pragma unroll
-  for (int i = 0; i < 4; ++i) {
+  for (uint32_t i = 0; i < 4; ++i) {
     if (i < count) bin[i] = of[i];
   }
 }
 
+// Sorts the pairs of one bin, at most one for each lane, by one warp.
+__device__ __forceinline__ void SortMany(uint2* bin, uint32_t count, int lane) {
+  constexpr uint32_t kAtOnce = 4;
+  const uint2 own = bin[min(static_cast<uint32_t>(lane), count - 1)];
+  uint32_t num_better = 0;
+#pragma unroll 1
+  for (uint32_t first = 0; first < count; first += kAtOnce) {
+    uint2 others[kAtOnce];
+#pragma unroll
+    for (uint32_t i = 0; i < kAtOnce; ++i) others[i] = bin[min(first + i, count - 1)];
+#pragma unroll
+    for (uint32_t i = 0; i < kAtOnce; ++i) {
+      num_better += first + i < count && IsBetter(others[i], own);
+    }
+  }
+  SyncWarp();  // the bin's reads before pairs move
+  if (static_cast<uint32_t>(lane) < count) bin[num_better] = own;
+}
+
 // Threads take the pairs in turns, some of them together: a group's loads come before its stores,
 // and no branch lies between its turns, whose instructions the compiler mixes.
-constexpr int kPairTurns = (kMaxK + kThreads - 1) / kThreads;
 template <int kFirstTurn, int kEndTurn>
 struct TurnGroup {
   static constexpr int kFirst = kFirstTurn, kCount = kEndTurn - kFirstTurn;
@@ -95,17 +99,23 @@ struct TurnGroup {
   __device__ __forceinline__ static int Number(int i, int thread) {
     return (kFirst + i) * kThreads + thread;
   }
+  // Whether there is such a pair. `left`: pairs from the thread's first on.
+  __device__ __forceinline__ static bool IsValid(int i, int left) {
+    return left > (kFirst + i) * kThreads;
+  }
 };
-// Calls visit(group) for the turns that `count` pairs need, or some more.
-template <typename Visit>
+// Calls visit(group) for the turns that `count` pairs need, or some more. kTurns: of the most that
+// there may be.
+template <int kTurns, typename Visit>
 __device__ __forceinline__ void VisitGroups(int count, Visit visit) {
-  constexpr int kMany = 6;  // turns of k = 2048
-  if (count <= kThreads) {
+  if (Unlikely(count <= kThreads)) {
     visit(TurnGroup<0, 1>());
     return;
   }
-  visit(TurnGroup<0, kMany>());
-  if (Unlikely(count > kMany * kThreads)) visit(TurnGroup<kMany, kPairTurns>());
+  visit(TurnGroup<0, kFewPairTurns>());
+  if constexpr (kTurns > kFewPairTurns) {
+    if (count > kFewPairTurns * kThreads) visit(TurnGroup<kFewPairTurns, kTurns>());
+  }
 }
 
 // Bins of pairs: eight to a word of the histogram.
@@ -113,76 +123,179 @@ constexpr int kLogPairBins = 14;
 constexpr uint32_t kPairBins = 1u << kLogPairBins;
 static_assert(kPairBins == 8 * kBins, "eight to a word");
 constexpr uint32_t kMaxPerBin = 15;
+constexpr int kTagShift = 32 - kLogPairBins;
 
-// `base` and a word's eight counts, summed.
-__device__ __forceinline__ uint32_t AddCounts(uint32_t base, uint32_t word) {
-  return AddBytes(AddBytes(base, word & 0x0f0f0f0fu), word >> 4 & 0x0f0f0f0fu);
-}
+// A thread's pairs, by turn.
+template <int kTurns>
+struct OwnPairs {
+  uint2 of[kTurns];
+  uint32_t tags[kTurns];  // the bin << kTagShift | how many came to it before << 4
+  uint32_t num_second;    // that came to theirs second
+};
 
 // What is known of some pairs' keys.
 struct Keys {
   Bracket range;
-  uint32_t differences;  // the bits in which they differ
+  uint32_t differences;  // the lowest bit in which they differ, and perhaps higher ones
 };
 
-// Of those keys of `count` pairs that lie in `outer`. One barrier.
-template <bool kIsAll>
-__device__ __forceinline__ Keys FindKeys(const Cta& cta, const uint2* pairs, int count,
-                                         const Bracket& outer) {
-  uint32_t lowest = 0xffffffffu, highest = 0, differences = 0;
-  const uint32_t any = ~pairs[0].y;
-  VisitGroups(count, [&](auto group) {
-#pragma unroll
-    for (int i = 0; i < group.kCount; ++i) {
-      const uint32_t key = ~pairs[min(group.Number(i, cta.thread), count - 1)].y;
-      const bool counts = kIsAll || outer.Contains(key);
-      lowest = min(lowest, counts ? key : 0xffffffffu);
-      highest = max(highest, counts ? key : 0);
-      differences |= key ^ any;
-    }
-  });
-  lowest = WarpMin(lowest);
-  highest = WarpMax(highest);
-  differences = WarpOr(differences);
-  if (cta.lane == 0) cta.header->warp_keys[cta.warp] = make_uint4(lowest, highest, differences, 0);
-  SyncThreads();  // the warps' keys before their reads
-  const uint4 of_warp = LoadShared(&cta.header->warp_keys[min(cta.lane, kWarps - 1)]);
-  return Keys{{WarpMin(of_warp.x), WarpMax(of_warp.y)}, WarpOr(of_warp.z)};
+// The bits in which the keys of all pairs differ, by what a thread's keys have in one of them, and
+// in all. One barrier.
+__device__ __forceinline__ uint32_t FindDifferences(const Cta& cta, uint32_t in_one,
+                                                    uint32_t in_all) {
+  uint4* of_warps = cta.header->warp_keys;
+  in_one = WarpOr(in_one);
+  const uint32_t not_in_all = WarpOr(~in_all);
+  SyncThreads();  // the last reads of what is overwritten
+  if (cta.lane == 0) of_warps[cta.warp] = make_uint4(in_one, not_in_all, 0, 0);
+  SyncThreads();  // the warps' bits before their reads
+  const uint4 of_warp = LoadShared(&of_warps[min(cta.lane, kWarps - 1)]);
+  return WarpOr(of_warp.x) & WarpOr(of_warp.y);
 }
 
-// How pairs are spread over bins: evenly by key, evenly by value, or by key with the exceptions
-// that PairBins names.
-enum class Spread { kByKey, kByValue, kGeneral };
+// What is known of the keys of all `count` pairs. Barriers.
+template <int kTurns>
+__device__ __forceinline__ Keys FindKeys(const Cta& cta, const OwnPairs<kTurns>& own, int count) {
+  // Of inverted keys: the best is the least.
+  uint32_t best = 0xffffffffu, worst = 0, in_one = 0, in_all = 0xffffffffu;
+  VisitGroups<kTurns>(count, [&](auto group) {
+#pragma unroll
+    for (int i = 0; i < group.kCount; ++i) {
+      const uint32_t inverted_key = own.of[group.kFirst + i].y;
+      best = min(best, inverted_key);
+      worst = max(worst, inverted_key);
+      in_one |= inverted_key;
+      in_all &= inverted_key;
+    }
+  });
+  best = WarpMin(best);
+  worst = WarpMax(worst);
+  const uint32_t has_odd = WarpBallot((in_one & 1) != 0);
+  const uint32_t has_even = WarpBallot((in_all & 1) == 0);
+  if (cta.lane == 0) cta.header->warp_keys[cta.warp] = make_uint4(best, worst, has_odd, has_even);
+  SyncThreads();  // the warps' keys before their reads
+  const uint4 of_warp = LoadShared(&cta.header->warp_keys[min(cta.lane, kWarps - 1)]);
+  Keys keys{{~WarpMax(of_warp.y), ~WarpMin(of_warp.x)}, 1};
+  const bool differ_in_last = WarpBallot(of_warp.z != 0) != 0 && WarpBallot(of_warp.w != 0) != 0;
+  if (Unlikely(!differ_in_last) && !keys.range.IsSingleKey()) {
+    keys.differences = FindDifferences(cta, in_one, in_all);
+  }
+  return keys;
+}
 
-// The bin of a pair, 0 being that of the best.
+// Kinds of bins: Of(inverted key, number) is that of a pair of this number in ascending position, 0
+// that of the best. Every step of it is monotone: better pairs never come to later bins.
+
+// Bins even in key: for many keys, of which no number need be asked.
 template <typename T>
-struct PairBins {
+struct EvenPairBins {
   uint32_t best;   // ~ of the highest key
-  uint32_t scale;  // bins per unit of depth, which is shifted first; 32 bits behind the point
-  int shift;
-  uint32_t number_scale;  // bins per pair of one key, the same way
+  uint32_t scale;  // bins per key, 32 bits behind the point
+
+  __device__ __forceinline__ static bool Serve(const Keys& keys) {
+    const uint32_t width = keys.range.highest - keys.range.lowest;
+    return width >= kPairBins && width <= T::kWidestEven;
+  }
+  // A little less than the quotient, which is not exact.
+  __device__ __forceinline__ explicit EvenPairBins(const Bracket& range)
+      : best(~range.highest),
+        scale(static_cast<uint32_t>(
+            FastDivide(static_cast<float>(kPairBins) * 0.999999f * 4294967296.0f,
+                       static_cast<float>(range.highest - range.lowest) + 1.0f))) {}
+  __device__ __forceinline__ uint32_t Of(uint32_t inverted_key, uint32_t) const {
+    return UpperProduct(inverted_key - best, scale);
+  }
+};
+
+// Bins even in value, of float32: for keys over many octaves.
+template <typename T>
+struct ValuePairBins {
+  float highest, scale;  // bins per unit
+  bool are_valid;        // there are neither infinities nor NaNs, nor is the scale 0 or infinite
+
+  __device__ __forceinline__ explicit ValuePairBins(const Bracket& range)
+      : highest(T::ValueOfInverted(~range.highest)) {
+    const float width = highest - T::ValueOfInverted(~range.lowest);
+    // As above.
+    scale = FastDivide(static_cast<float>(kPairBins) * 0.999999f, width);
+    constexpr float kMost = 0x1p120f;
+    are_valid = width < kMost && scale < kMost && scale > 0.0f;
+  }
+  __device__ __forceinline__ static bool Serve(const Keys& keys) {
+    return T::kBits == 32 && keys.range.highest - keys.range.lowest > T::kWidestEven;
+  }
+  __device__ __forceinline__ uint32_t Of(uint32_t inverted_key, uint32_t) const {
+    return static_cast<uint32_t>((highest - T::ValueOfInverted(inverted_key)) * scale);
+  }
+};
+
+// `num_bins` bins for depths up to `range`, multiples of 1 << step; where several are for one
+// depth, they are for numbers below `count`.
+struct DepthBins {
+  int shift;              // before the scale
+  uint32_t scale;         // bins per shifted depth, 32 bits behind the point
+  uint32_t number_scale;  // bins per number, the same way
+  uint32_t per_depth;     // bins for one depth
+
+  __device__ __forceinline__ DepthBins() {}
+  __device__ __forceinline__ DepthBins(uint32_t range, int step, uint32_t num_bins, int count)
+      : number_scale(0) {
+    // A little less than the quotients, which are not exact.
+    constexpr float kLess = 0.999999f;
+    constexpr float kWord = 4294967296.0f, kMostOfWord = 4294967040.0f;
+    shift = max(__clz(range) - (31 - kLogPairBins), 0);
+    const float num_depths = static_cast<float>(range) + static_cast<float>(1u << step);
+    const float bins = static_cast<float>(num_bins) * kLess;
+    scale = static_cast<uint32_t>(
+        min(FastDivide(bins * kWord, num_depths * static_cast<float>(1u << shift)), kMostOfWord));
+    per_depth = step + shift < 32 ? min(UpperProduct(scale, 1u << (step + shift)), num_bins - 1)
+                                  : num_bins - 1;
+    if (per_depth < 2) return;
+    const float per_number =
+        FastDivide(static_cast<float>(per_depth) * (kLess * kWord), static_cast<float>(count));
+    number_scale = static_cast<uint32_t>(min(per_number, kMostOfWord));
+  }
+  __device__ __forceinline__ uint32_t Of(uint32_t depth, uint32_t number) const {
+    return UpperProduct(depth << shift, scale) + UpperProduct(number, number_scale);
+  }
+};
+
+// The lowest bit in which keys differ.
+__device__ __forceinline__ int StepOf(const Keys& keys) { return __ffs(keys.differences) - 1; }
+
+// Bins even in key, and equal keys in the order of their numbers.
+template <typename T>
+struct NumberedPairBins {
+  uint32_t best;  // ~ of the highest key
+  DepthBins bins;
+
+  __device__ __forceinline__ NumberedPairBins(const Keys& keys, int count)
+      : best(~keys.range.highest),
+        bins(keys.range.highest - keys.range.lowest, StepOf(keys), kPairBins, count) {}
+  __device__ __forceinline__ static bool Serve(const Keys& keys) {
+    return keys.range.highest - keys.range.lowest <= T::kWidestEven;
+  }
+  __device__ __forceinline__ uint32_t Of(uint32_t inverted_key, uint32_t number) const {
+    return bins.Of(inverted_key - best, number);
+  }
+};
+
+// The same, with exceptions.
+template <typename T>
+struct GeneralPairBins {
+  DepthBins bins;
   // Keys nearer to zero than `margin`, which take many octaves and are few, count as two keys:
   // those above zero, and those below.
   uint32_t zero;
   int32_t margin, nearest, top;
   bool has_extremes;  // pairs of these keys have bins of their own, by their numbers
   Bracket extremes;
-  bool is_by_value;
-  float highest, value_scale;
 
   // `keys`: of all pairs, or of those whose keys are not extremes.
-  __device__ __forceinline__ PairBins(const Keys& keys, int count, bool may_have_margin,
-                                      bool are_extremes_apart, const Bracket& outermost)
-      : best(~keys.range.highest),
-        margin(0),
-        nearest(0),
-        has_extremes(are_extremes_apart),
-        extremes(outermost),
-        is_by_value(false),
-        highest(0),
-        value_scale(0) {
-    // All keys are alike below this bit.
-    const int step = __ffs(keys.differences) - 1;
+  __device__ __forceinline__ GeneralPairBins(const Keys& keys, int count, bool may_have_margin,
+                                             bool are_extremes_apart, const Bracket& outermost)
+      : margin(0), nearest(0), has_extremes(are_extremes_apart), extremes(outermost) {
+    const int step = StepOf(keys);
     const uint32_t below_step = (1u << step) - 1;
     zero = T::kSign | (keys.range.lowest & below_step);
     if (may_have_margin && keys.range.highest - keys.range.lowest > T::kWidestEven) {
@@ -193,59 +306,15 @@ struct PairBins {
       if (margin != 0) nearest = static_cast<int32_t>(1u << step);
     }
     top = BeyondMargin(keys.range.highest);
-    const uint32_t range = Below(top, BeyondMargin(keys.range.lowest));
-    shift = max(__clz(range) - (31 - kLogPairBins), 0);
-    const float num_keys = static_cast<float>(range) + static_cast<float>(1u << step);
-    // A little less than the quotients, which are not exact.
-    constexpr float kLess = 0.999999f;
-    const uint32_t num_bins = are_extremes_apart ? kPairBins / 2 : kPairBins;
-    const float bins = static_cast<float>(num_bins) * kLess;
-    constexpr float kWord = 4294967296.0f, kMostOfWord = 4294967040.0f;
-    scale = static_cast<uint32_t>(
-        min(FastDivide(bins * kWord, num_keys * static_cast<float>(1u << shift)), kMostOfWord));
-    // Bins between two keys are room to spread equal ones by their numbers.
-    const uint32_t per_key = step + shift < 32
-                                 ? min(UpperProduct(scale, 1u << (step + shift)), num_bins - 1)
-                                 : num_bins - 1;
-    number_scale = 0;
-    if (per_key >= 2) {
-      const float per_number =
-          FastDivide(static_cast<float>(per_key) * (kLess * kWord), static_cast<float>(count));
-      number_scale = static_cast<uint32_t>(min(per_number, kMostOfWord));
-    }
-    if constexpr (T::kBits == 32) {
-      if (margin == 0 || has_extremes || per_key >= 2) return;
-      highest = T::OrderedValue(keys.range.highest);
-      const float width = highest - T::OrderedValue(keys.range.lowest);
-      value_scale = FastDivide(bins, width);
-      // Neither infinities nor NaNs, nor a quotient that is 0 or infinite.
-      constexpr float kMost = 0x1p120f;
-      is_by_value = width < kMost && value_scale < kMost && value_scale > 0.0f;
-    }
+    bins = DepthBins(Below(top, BeyondMargin(keys.range.lowest)), step,
+                     are_extremes_apart ? kPairBins / 2 : kPairBins, count);
   }
-  // The simplest way in which Of serves these pairs.
-  __device__ __forceinline__ Spread BestSpread() const {
-    if (margin == 0 && !has_extremes) return Spread::kByKey;
-    return is_by_value ? Spread::kByValue : Spread::kGeneral;
-  }
-
-  // Of the pair of this number in ascending position. Every step is monotone: better pairs never
-  // come to later bins.
-  template <Spread kSpread>
   __device__ __forceinline__ uint32_t Of(uint32_t inverted_key, uint32_t number) const {
-    if constexpr (kSpread == Spread::kByKey) {
-      return UpperProduct((inverted_key - best) << shift, scale) +
-             UpperProduct(number, number_scale);
-    }
-    if constexpr (kSpread == Spread::kByValue) {
-      return static_cast<uint32_t>((highest - T::OrderedValue(~inverted_key)) * value_scale);
-    }
     const uint32_t key = ~inverted_key;
     const int32_t beyond = BeyondMargin(key);
     // What counts as one key may be several: then their numbers say nothing.
     const bool is_one_key = margin == 0 || (beyond != nearest && beyond != -nearest);
-    const uint32_t bin = UpperProduct(Below(top, beyond) << shift, scale) +
-                         UpperProduct(is_one_key ? number : 0, number_scale);
+    const uint32_t bin = bins.Of(Below(top, beyond), is_one_key ? number : 0);
     if (!has_extremes) return bin;
     static_assert(kMaxK <= kPairBins / 4, "a bin for each pair");
     if (key == extremes.highest) return number;
@@ -266,63 +335,61 @@ struct PairBins {
   }
 };
 
-// Where a sort works, besides the pairs and the histogram: see SortBytes.
+// Where a sort works, besides the histogram: see SortBytes.
 struct SortSpace {
   uint2* pairs;       // by bin
-  uint16_t* firsts;   // [kBins]: places of the first pairs of the histogram's words
-  uint16_t* crowded;  // a list for each warp of bins: the place of the first pair, number << 12
+  uint16_t* firsts;   // [kBins]: 16 times the places of the first pairs of the histogram's words
+  uint16_t* crowded;  // bins that hold several: 16 times the place of the first pair + the number
 
   __device__ __forceinline__ SortSpace(unsigned char* spare, int count)
       : pairs(reinterpret_cast<uint2*>(spare)),
         firsts(reinterpret_cast<uint16_t*>(spare + (count + 1) / 2 * 16)),
         crowded(firsts + kBins) {}
 };
-static_assert(kPairTurns * 32 * kWarps == AlignUp(kMaxK, kThreads), "the lists of SortBytes");
-static_assert(kMaxK <= 1 << 12 && kMaxPerBin < 1 << 4, "a place and a number fit 16 bits");
+static_assert(kMaxK <= 1 << 12 && kMaxPerBin < 16, "a place and a number fit 16 bits");
 
-// A thread's pairs, by turn, in their bins.
-struct BinnedPairs {
-  uint32_t tags[kPairTurns];  // how many came to the bin before << 16 | the bin
-  uint32_t num_second;        // of the warp's, that came to theirs second
-  uint32_t second_before;     // of the lanes before
-};
-
-// Counts pairs by bin. Returns whether no bin overflowed. In: the cleared histogram and header,
-// ordered by a barrier. One barrier.
-template <typename T, Spread kSpread>
-__device__ __forceinline__ bool CountPairs(const Cta& cta, const uint2* pairs, int count,
-                                           const PairBins<T>& bins, BinnedPairs* binned) {
-  uint32_t most_before = 0, num_second = 0;
-  VisitGroups(count, [&](auto group) {
-    uint32_t bin_of[group.kCount];
+// Counts pairs by bin. In: the cleared histogram, ordered by a barrier.
+template <int kTurns, typename Bins>
+__device__ __forceinline__ void CountPairs(const Cta& cta, int count, const Bins& bins_of,
+                                           OwnPairs<kTurns>* own) {
+  own->num_second = 0;
+  VisitGroups<kTurns>(count, [&](auto group) {
+    uint32_t bins[group.kCount];
+    const int thread = UseHere(cta.thread), left = count - thread;
 #pragma unroll
     for (int i = 0; i < group.kCount; ++i) {
-      const int number = min(group.Number(i, cta.thread), count - 1);
-      bin_of[i] = bins.template Of<kSpread>(pairs[number].y, static_cast<uint32_t>(number));
+      const int number = min(group.Number(i, thread), count - 1);
+      // The compiler would compute what all kinds of bins need before it knows which it is.
+      bins[i] = bins_of.Of(UseHere(own->of[group.kFirst + i].y), static_cast<uint32_t>(number));
     }
 #pragma unroll
     for (int i = 0; i < group.kCount; ++i) {
-      const bool is_valid = group.Number(i, cta.thread) < count;
-      const uint32_t shift = bin_of[i] % 8 * 4;
-      // Threads behind the last pair add nothing to nothing.
-      uint32_t* word = is_valid ? &cta.bins[bin_of[i] / 8] : &cta.header->zeros[cta.lane];
-      const uint32_t before = FetchAndAdd(word, is_valid ? 1u << shift : 0) >> shift & kMaxPerBin;
-      binned->tags[group.kFirst + i] = before << 16 | bin_of[i];
-      num_second += before == 1;
-      most_before = max(most_before, before);
+      // By which a count moves to bits 4 .. 7. Threads behind the last pair add nothing, each to
+      // another word.
+      const uint32_t amount = 4 * bins[i] - 4;
+      const uint32_t one = Rotate(1u << 4, amount);
+      const bool is_valid = group.IsValid(i, left);
+      const uint32_t number = is_valid ? bins[i] / 8 : static_cast<uint32_t>(thread);
+      const uint32_t word = FetchAndAdd(&cta.bins[number], is_valid ? one : 0);
+      const uint32_t before = RotateBack(word, amount) & kMaxPerBin << 4;
+      own->tags[group.kFirst + i] = bins[i] << kTagShift | before;
+      own->num_second += before == 1u << 4 && is_valid;
     }
   });
-  if (Unlikely(most_before == kMaxPerBin)) cta.header->crowd = 1;
-  const uint32_t inclusive = WarpInclusiveSum(cta.lane, num_second);
-  binned->num_second = WarpBroadcast(inclusive, 31);
-  binned->second_before = inclusive - num_second;
-  SyncThreads();  // counts before their reads
-  return cta.header->crowd == 0;
 }
 
-// Puts the places of the histogram's words into space.firsts. Two barriers.
-__device__ __forceinline__ void PlaceBins(Cta& cta, const SortSpace& space) {
+// What a scan of the counts tells.
+struct BinPlaces {
+  bool fit;                 // no bin overflowed
+  uint32_t crowded_before;  // bins that hold several, listed by the threads before
+  uint32_t num_crowded;
+};
+
+// Puts the places of the histogram's words into space.firsts. Three barriers.
+__device__ __forceinline__ BinPlaces PlaceBins(Cta& cta, int count, uint32_t num_second,
+                                               const SortSpace& space) {
   static_assert(kBinsPerThread == 8, "eight words to a thread, and a vector of their places");
+  SyncThreads();  // counts before their reads
   uint32_t sums[kBinsPerThread] = {};
   uint32_t sum = 0;
   if (cta.thread < kBinThreads) {
@@ -330,96 +397,192 @@ __device__ __forceinline__ void PlaceBins(Cta& cta, const SortSpace& space) {
 #pragma unroll
     for (int i = 0; i < kBinsPerThread; ++i) {
       sums[i] = sum;
-      sum = AddCounts(sum, words.of[i]);
+      sum = AddSixteenfold(sum, words.of[i]);
     }
   }
-  const uint32_t before = BlockScan(cta, sum).before;
+  constexpr int kSumBits = 20;
+  static_assert(16 * kMaxK < 1 << kSumBits && kMaxK / 2 < 1 << (32 - kSumBits), "two numbers");
+  const Scan scan = BlockScan(cta, sum | num_second << kSumBits);
   if (cta.thread < kBinThreads) {
+    const uint32_t before = scan.before % (1 << kSumBits);
     const uint32_t both = before | before << 16;
     reinterpret_cast<uint4*>(space.firsts)[cta.thread] =
         make_uint4(both + (sums[0] | sums[1] << 16), both + (sums[2] | sums[3] << 16),
                    both + (sums[4] | sums[5] << 16), both + (sums[6] | sums[7] << 16));
   }
   SyncThreads();  // the places before their reads
+  // A count that overflows becomes zero, and adds one at most to the next.
+  return BinPlaces{scan.total % (1 << kSumBits) == 16 * static_cast<uint32_t>(count),
+                   scan.before >> kSumBits, scan.total >> kSumBits};
 }
 
 // Puts pairs into their bins, and sorts those that share one. Two barriers.
-__device__ __forceinline__ void PlacePairs(const Cta& cta, const uint2* pairs, int count,
-                                           const BinnedPairs& binned, const SortSpace& space) {
-  uint16_t* const crowded = space.crowded + kPairTurns * 32 * cta.warp;
-  uint16_t* next_crowded = crowded + binned.second_before;
-  VisitGroups(count, [&](auto group) {
-    uint2 of[group.kCount];
+template <int kTurns>
+__device__ __forceinline__ void PlacePairs(const Cta& cta, int count, const OwnPairs<kTurns>& own,
+                                           const BinPlaces& places, const SortSpace& space) {
+  uint16_t* next_crowded = space.crowded + places.crowded_before;
+  VisitGroups<kTurns>(count, [&](auto group) {
+    const int left = count - cta.thread;
     uint32_t first[group.kCount], in_bin[group.kCount];
 #pragma unroll
     for (int i = 0; i < group.kCount; ++i) {
-      const uint32_t bin = binned.tags[group.kFirst + i] & 0xffffu;
-      of[i] = pairs[min(group.Number(i, cta.thread), count - 1)];
-      const uint32_t word = cta.bins[bin / 8];
-      const uint32_t shift = bin % 8 * 4;
-      first[i] = AddCounts(space.firsts[bin / 8], word & ~(~0u << shift));
-      in_bin[i] = word >> shift & kMaxPerBin;
+      const uint32_t tag = own.tags[group.kFirst + i];
+      const uint32_t number = tag >> (kTagShift + 3);
+      const uint32_t word = cta.bins[number];
+      // Of the bin in its word, % 32.
+      static_assert(kTagShift > 2 + 8, "zeros between");
+      const uint32_t shift = tag >> (kTagShift - 2);
+      first[i] = AddSixteenfold(space.firsts[number], word & ~ShiftLeftWrapped(~0u, shift));
+      in_bin[i] = ShiftRightWrapped(word, shift) & kMaxPerBin;
     }
 #pragma unroll
     for (int i = 0; i < group.kCount; ++i) {
-      const uint32_t before = binned.tags[group.kFirst + i] >> 16;
-      if (group.Number(i, cta.thread) < count) space.pairs[first[i] + before] = of[i];
-      if (before == 1) *next_crowded++ = static_cast<uint16_t>(first[i] | in_bin[i] << 12);
+      const bool is_valid = group.IsValid(i, left);
+      const uint32_t before = own.tags[group.kFirst + i] & kMaxPerBin << 4;
+      if (is_valid) {
+        const uint32_t offset = (first[i] + before) / (16 / sizeof(uint2));
+        *reinterpret_cast<uint2*>(reinterpret_cast<unsigned char*>(space.pairs) + offset) =
+            own.of[group.kFirst + i];
+      }
+      if (before == 1u << 4 && is_valid) {
+        *next_crowded++ = static_cast<uint16_t>(first[i] | in_bin[i]);
+      }
     }
   });
-  SyncThreads();  // pairs in their bins, and the lists of crowded ones, before their reads
+  SyncThreads();  // pairs in their bins, and the list of crowded ones, before their reads
 #pragma unroll 1
-  for (uint32_t i = cta.lane; i < binned.num_second; i += 32) {
-    const uint32_t bin = crowded[i];
-    SortBin(space.pairs + (bin & 0xfffu), static_cast<int>(bin >> 12));
+  for (uint32_t i = cta.thread; i - cta.lane < places.num_crowded; i += kThreads) {
+    const uint32_t bin = i < places.num_crowded ? space.crowded[i] : 0;
+    const uint32_t in_bin = bin % 16;
+    SortFew(space.pairs + bin / 16, in_bin <= 4 ? in_bin : 0);
+#pragma unroll 1
+    for (uint32_t many = WarpBallot(in_bin > 4); Unlikely(many != 0); many &= many - 1) {
+      const uint32_t of_lane = WarpBroadcast(bin, __ffs(many) - 1);
+      SortMany(space.pairs + of_lane / 16, of_lane % 16, cta.lane);
+    }
   }
   SyncThreads();  // sorted bins before their reads
 }
 
-// Sorts `count` pairs, which are in ascending position. Returns where they lie then. `spare`: see
-// SortSpace; `pairs` has room for a power of two. In: pairs, and the last use of the histogram and
-// of `spare`, ordered by a barrier. Out: the same.
-template <typename T>
-__device__ __forceinline__ const uint2* SortPairs(Cta& cta, uint2* pairs, unsigned char* spare,
-                                                  int count) {
-  ClearBins(cta);
-  if (cta.thread == 0) cta.header->crowd = 0;
-  if (cta.warp == 1) cta.header->zeros[cta.lane] = 0;
-  const Keys all = FindKeys</*kIsAll=*/true>(cta, pairs, count, {});
-  if (all.range.IsSingleKey()) return pairs;  // ties: in ascending position already
-  BinnedPairs binned;
-  PairBins<T> bins(all, count, /*may_have_margin=*/true, /*are_extremes_apart=*/false, {});
-  bool fit = false;
-  const Spread spread = bins.BestSpread();
-  if (spread == Spread::kByKey) {
-    fit = CountPairs<T, Spread::kByKey>(cta, pairs, count, bins, &binned);
-  } else if (spread == Spread::kGeneral) {
-    fit = CountPairs<T, Spread::kGeneral>(cta, pairs, count, bins, &binned);
-  } else if constexpr (T::kBits == 32) {
-    fit = CountPairs<T, Spread::kByValue>(cta, pairs, count, bins, &binned);
-  }
-#pragma unroll 1
-  for (bool may_have_margin = true; Unlikely(!fit); may_have_margin = false) {
-    if (all.range.highest - all.range.lowest < 2 || (bins.has_extremes && bins.margin == 0)) {
-      const int size = 1 << (32 - __clz(count - 1));
-#pragma unroll 1
-      for (int i = count + cta.thread; i < size; i += kThreads) pairs[i] = make_uint2(~0u, ~0u);
-      SyncThreads();  // the padding before the sort
-      SortBitonic(cta, pairs, size);
-      return pairs;
+// The range of the keys of those pairs that lie in `outer`. One barrier.
+template <int kTurns>
+__device__ __forceinline__ Bracket FindRange(const Cta& cta, const OwnPairs<kTurns>& own, int count,
+                                             const Bracket& outer) {
+  Bracket range{0xffffffffu, 0};
+  VisitGroups<kTurns>(count, [&](auto group) {
+#pragma unroll
+    for (int i = 0; i < group.kCount; ++i) {
+      const uint32_t key = ~own.of[group.kFirst + i].y;
+      if (!outer.Contains(key)) continue;
+      range = Bracket{min(range.lowest, key), max(range.highest, key)};
     }
-    SyncThreads();  // the read of what said so before it is reset
+  });
+  range = Bracket{WarpMin(range.lowest), WarpMax(range.highest)};
+  uint4* of_warps = cta.header->warp_keys;
+  if (cta.lane == 0) of_warps[cta.warp] = make_uint4(range.lowest, range.highest, 0, 0);
+  SyncThreads();  // the warps' keys before their reads
+  const uint4 of_warp = LoadShared(&of_warps[min(cta.lane, kWarps - 1)]);
+  return Bracket{WarpMin(of_warp.x), WarpMax(of_warp.y)};
+}
+
+// Sorts pairs that the bins of SortPairs do not serve, or that made one overflow. Returns whether
+// they lie in space.pairs then, or else in `room`, where they are in order of their numbers. In:
+// the histogram, cleared unless a bin overflowed. Out: ordered by a barrier. By value: what a
+// pointer leads to lies in local memory, everywhere.
+template <typename T, int kTurns>
+__device__ __noinline__ bool SortSpecialPairs(Cta cta, Keys keys, int count, bool has_overflowed,
+                                              uint2* room, SortSpace space) {
+  if (has_overflowed) ClearBins(cta);
+  SyncThreads();  // the pairs before their reads, and the cleared histogram before its use
+  const Bracket all = keys.range;
+  OwnPairs<kTurns> own;
+  VisitGroups<kTurns>(count, [&](auto group) {
+#pragma unroll
+    for (int i = 0; i < group.kCount; ++i) {
+      own.of[group.kFirst + i] = room[min(group.Number(i, cta.thread), count - 1)];
+    }
+  });
+  bool may_help = true;
+#pragma unroll 1
+  for (int attempt = has_overflowed ? 1 : 0; may_help; ++attempt) {
+    if (attempt > 0) {
+      if (all.highest - all.lowest < 2) break;
+      keys.range = FindRange(cta, own, count, Bracket{all.lowest + 1, all.highest - 1});
+    }
+    const GeneralPairBins<T> bins(keys, count, /*may_have_margin=*/attempt < 2,
+                                  /*are_extremes_apart=*/attempt > 0, all);
+    may_help = attempt == 0 || bins.margin != 0;
+    bool is_by_value = false;
+    if constexpr (T::kBits == 32) {
+      const ValuePairBins<T> by_value(all);
+      is_by_value =
+          attempt == 0 && bins.margin != 0 && bins.bins.per_depth < 2 && by_value.are_valid;
+      if (is_by_value) CountPairs(cta, count, by_value, &own);
+    }
+    if (!is_by_value) CountPairs(cta, count, bins, &own);
+    const BinPlaces places = PlaceBins(cta, count, own.num_second, space);
+    if (places.fit) {
+      PlacePairs(cta, count, own, places, space);
+      return true;
+    }
     ClearBins(cta);
-    if (cta.thread == 0) cta.header->crowd = 0;
-    const Bracket inner{all.range.lowest + 1, all.range.highest - 1};
-    bins = PairBins<T>(FindKeys</*kIsAll=*/false>(cta, pairs, count, inner), count, may_have_margin,
-                       /*are_extremes_apart=*/true, all.range);
-    fit = CountPairs<T, Spread::kGeneral>(cta, pairs, count, bins, &binned);
   }
+  const int size = 1 << (32 - __clz(count - 1));
+#pragma unroll 1
+  for (int i = count + cta.thread; i < size; i += kThreads) room[i] = make_uint2(~0u, ~0u);
+  SyncThreads();  // the padding before the sort
+  SortBitonic(cta, room, size);
+  return false;
+}
+
+// Sorts `count` pairs, whose numbers are in ascending position. Returns where they lie then: in
+// `room`, which has some for a power of two of pairs, and may hold them in order already, or in
+// `spare`, see SortSpace. In: the last use of both places comes before the first barrier here, and
+// so does the clearing of the histogram. Out: ordered by a barrier.
+template <typename T, int kTurns>
+__device__ __forceinline__ const uint2* SortPairs(Cta& cta, OwnPairs<kTurns>& own, int count,
+                                                  uint2* room, bool are_in_room,
+                                                  unsigned char* spare) {
   const SortSpace space(spare, count);
-  PlaceBins(cta, space);
-  PlacePairs(cta, pairs, count, binned, space);
-  return space.pairs;
+  const Keys keys = FindKeys(cta, own, count);
+  const bool are_ties = keys.range.IsSingleKey();
+  bool is_counted = true;
+  if constexpr (T::kBits == 32) {
+    if (are_ties || (keys.differences & 1) == 0) {
+      is_counted = false;
+    } else if (EvenPairBins<T>::Serve(keys)) {
+      CountPairs(cta, count, EvenPairBins<T>(keys.range), &own);
+    } else {
+      const ValuePairBins<T> by_value(keys.range);
+      is_counted = ValuePairBins<T>::Serve(keys) && by_value.are_valid;
+      if (is_counted) CountPairs(cta, count, by_value, &own);
+    }
+  } else {
+    is_counted = !are_ties && NumberedPairBins<T>::Serve(keys);
+    if (is_counted) CountPairs(cta, count, NumberedPairBins<T>(keys, count), &own);
+  }
+  BinPlaces places{};
+  if (!Unlikely(!is_counted)) places = PlaceBins(cta, count, own.num_second, space);
+  if (!Unlikely(!places.fit)) {
+    PlacePairs(cta, count, own, places, space);
+    return space.pairs;
+  }
+  if (!are_in_room) {
+    VisitGroups<kTurns>(count, [&](auto group) {
+#pragma unroll
+      for (int i = 0; i < group.kCount; ++i) {
+        if (group.IsValid(i, count - cta.thread)) {
+          room[group.Number(i, cta.thread)] = own.of[group.kFirst + i];
+        }
+      }
+    });
+  }
+  if (are_ties) {
+    SyncThreads();  // the pairs before their reads
+    return room;
+  }
+  return SortSpecialPairs<T, kTurns>(cta, keys, count, is_counted, room, space) ? space.pairs
+                                                                                : room;
 }
 
 }  // namespace jax_topk

@@ -348,40 +348,101 @@ struct PairSink {
   }
 };
 
-// Sorts the pairs of a row in its first CTA and writes them. In: pairs of this CTA, or on their way
-// from the others.
+// The bits of an element in the tile in shared memory, by its number there.
 template <typename T>
-__device__ __forceinline__ void SortAndStore(Cta& cta, int count, const RowOutput<T>& output) {
-  uint2* pairs = reinterpret_cast<uint2*>(cta.own);
+__device__ __forceinline__ uint32_t ElementInTile(const Cta& cta, int32_t number) {
+  if constexpr (T::kBytes == 4) {
+    return reinterpret_cast<const uint32_t*>(cta.tiles)[number];
+  } else {
+    return reinterpret_cast<const uint16_t*>(cta.tiles)[number];
+  }
+}
+
+// What a CTA has to sort.
+enum class Unsorted {
+  kNothing,
+  kPairs,      // in cta.own, or on their way there from other CTAs
+  kPositions,  // in cta.own, of elements that lie in the tile
+};
+
+// A thread's pairs of a row's `count`. `skew`: number of the tile's element at position 0.
+template <typename T, int kTurns>
+__device__ __forceinline__ void TakePairs(const Cta& cta, Unsorted unsorted, int count,
+                                          int32_t skew, uint32_t flip, OwnPairs<kTurns>* own) {
+  const auto* pairs = reinterpret_cast<const uint2*>(cta.own);
+  const auto* positions = reinterpret_cast<const int32_t*>(cta.own);
+  VisitGroups<kTurns>(count, [&](auto group) {
+    if (unsorted == Unsorted::kPairs) {
+#pragma unroll
+      for (int i = 0; i < group.kCount; ++i) {
+        own->of[group.kFirst + i] = pairs[min(group.Number(i, cta.thread), count - 1)];
+      }
+      return;
+    }
+    int32_t of[group.kCount];
+#pragma unroll
+    for (int i = 0; i < group.kCount; ++i) {
+      of[i] = positions[min(group.Number(i, cta.thread), count - 1)];
+    }
+#pragma unroll
+    for (int i = 0; i < group.kCount; ++i) {
+      own->of[group.kFirst + i] = make_uint2(
+          static_cast<uint32_t>(of[i]), T::InvertedKey(ElementInTile<T>(cta, of[i] + skew), flip));
+    }
+  });
+}
+
+// Two sorted pairs to the output.
+template <typename T>
+__device__ __forceinline__ void StoreTwo(const uint4& both, int number,
+                                         const RowOutput<T>& output) {
+  reinterpret_cast<uint2*>(output.indices)[number] = make_uint2(both.x, both.z);
+  if (output.values == nullptr) return;
+  const uint32_t first = T::BitsOfInverted(both.y, output.flip);
+  const uint32_t second = T::BitsOfInverted(both.w, output.flip);
+  if constexpr (T::kBytes == 4) {
+    reinterpret_cast<uint2*>(output.values)[number] = make_uint2(first, second);
+  } else {
+    reinterpret_cast<uint32_t*>(output.values)[number] = first | second << 16;
+  }
+}
+
+// Sorts what is selected of a row in its first CTA and writes it.
+template <typename T, int kTurns>
+__device__ __forceinline__ void SortAndStore(Cta& cta, Unsorted unsorted, int count, int32_t skew,
+                                             const RowOutput<T>& output) {
   if (cta.num_active > 1) BarrierWait(&cta.header->barriers[kWinnersBarrier], 0);
-  SyncThreads();  // pairs before the sort; the last reads of what the sort overwrites
+  SyncThreads();  // what is sorted before its reads; the last reads of what the sort overwrites
   if (count == 0) return;
-  const uint2* sorted = SortPairs<T>(cta, pairs, cta.spare, count);
-  // Four per store where the row's output allows it.
-  const bool is_aligned = reinterpret_cast<uintptr_t>(output.indices) % sizeof(int4) == 0 &&
-                          reinterpret_cast<uintptr_t>(output.values) % (4 * T::kBytes) == 0;
-  const int num_quads = is_aligned ? count / 4 : 0;
+  ClearBins(cta);
+  OwnPairs<kTurns> own;
+  TakePairs<T>(cta, unsorted, count, skew, output.flip, &own);
+  const uint2* sorted = SortPairs<T>(cta, own, count, reinterpret_cast<uint2*>(cta.own),
+                                     unsorted == Unsorted::kPairs, cta.spare);
+  // Two per store where the row's output allows it: of four, lanes would meet in the same banks.
+  // All of k = 2048 in one round.
+  constexpr int kAtOnce = 3;
+  const bool is_aligned = reinterpret_cast<uintptr_t>(output.indices) % sizeof(uint2) == 0 &&
+                          reinterpret_cast<uintptr_t>(output.values) % (2 * T::kBytes) == 0;
+  const int num_twos = is_aligned ? count / 2 : 0;
+  const auto* twos = reinterpret_cast<const uint4*>(sorted);
 #pragma unroll 1
-  for (int quad = cta.thread; quad < num_quads; quad += kThreads) {
-    const uint4 first = LoadShared(reinterpret_cast<const uint4*>(sorted + 4 * quad));
-    const uint4 second = LoadShared(reinterpret_cast<const uint4*>(sorted + 4 * quad + 2));
-    reinterpret_cast<uint4*>(output.indices)[quad] =
-        make_uint4(first.x, first.z, second.x, second.z);
-    if (output.values == nullptr) continue;
-    const uint4 bits = make_uint4(T::Bits(~first.y, output.flip), T::Bits(~first.w, output.flip),
-                                  T::Bits(~second.y, output.flip), T::Bits(~second.w, output.flip));
-    if constexpr (T::kBytes == 4) {
-      reinterpret_cast<uint4*>(output.values)[quad] = bits;
-    } else {
-      reinterpret_cast<uint2*>(output.values)[quad] =
-          make_uint2(bits.x | bits.y << 16, bits.z | bits.w << 16);
+  for (int first = cta.thread; first < num_twos; first += kAtOnce * kThreads) {
+    uint4 both[kAtOnce];
+#pragma unroll
+    for (int i = 0; i < kAtOnce; ++i) {
+      both[i] = LoadShared(twos + min(first + i * kThreads, num_twos - 1));
+    }
+#pragma unroll
+    for (int i = 0; i < kAtOnce; ++i) {
+      if (first + i * kThreads < num_twos) StoreTwo<T>(both[i], first + i * kThreads, output);
     }
   }
 #pragma unroll 1
-  for (int place = 4 * num_quads + cta.thread; place < count; place += kThreads) {
+  for (int place = 2 * num_twos + cta.thread; place < count; place += kThreads) {
     const uint2 pair = sorted[place];
     output.indices[place] = static_cast<int32_t>(pair.x);
-    if (output.values != nullptr) output.StoreBits(place, T::Bits(~pair.y, output.flip));
+    if (output.values != nullptr) output.StoreBits(place, T::BitsOfInverted(pair.y, output.flip));
   }
 }
 

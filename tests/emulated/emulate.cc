@@ -271,9 +271,14 @@ std::string RunCluster() {
 }
 
 template <typename T>
-Kernel FindKernel(bool is_sorted, bool has_clusters) {
-  if (is_sorted) return has_clusters ? SelectRow<T, true, true> : SelectRow<T, true, false>;
-  return has_clusters ? SelectRow<T, false, true> : SelectRow<T, false, false>;
+Kernel FindKernel(bool is_sorted, int64_t k, bool has_clusters) {
+  const auto of = [&](auto turns) {
+    constexpr int kPairTurns = decltype(turns)::value;
+    return has_clusters ? SelectRow<T, kPairTurns, true> : SelectRow<T, kPairTurns, false>;
+  };
+  if (!is_sorted) return of(std::integral_constant<int, 0>());
+  if (HasFewPairs(k)) return of(std::integral_constant<int, kFewPairTurns>());
+  return SelectRow<T, kMostPairTurns, true>;  // of a single CTA, too
 }
 
 std::string RunRows(const Problem& problem, const DeviceLimits& limits,
@@ -288,7 +293,7 @@ std::string RunRows(const Problem& problem, const DeviceLimits& limits,
   const auto find = problem.dtype == DType::kFloat32    ? FindKernel<Float32>
                     : problem.dtype == DType::kBFloat16 ? FindKernel<BFloat16>
                                                         : FindKernel<Float16>;
-  const Kernel kernel = find(problem.is_sorted, plan.cluster_size > 1);
+  const Kernel kernel = find(problem.is_sorted, problem.k, plan.cluster_size > 1);
   for (int64_t row = 0; row < problem.rows; ++row) {
     Emulator run;
     emulator = &run;
@@ -480,17 +485,24 @@ extern "C" void jax_topk_pair_bins(int is_float32, const uint32_t* keys, int cou
     inner.range = {min(inner.range.lowest, keys[i]), max(inner.range.highest, keys[i])};
   }
   const auto fill = [&](auto type) {
-    const PairBins<decltype(type)> of(inner, count, attempt < 2, attempt > 0, all);
-    for (int i = 0; i < count; ++i) {
-      const auto number = static_cast<uint32_t>(i);
-      if (of.BestSpread() == Spread::kByKey) {
-        bins[i] = of.template Of<Spread::kByKey>(~keys[i], number);
-      } else if (of.BestSpread() == Spread::kGeneral) {
-        bins[i] = of.template Of<Spread::kGeneral>(~keys[i], number);
-      } else if constexpr (decltype(type)::kBits == 32) {
-        bins[i] = of.template Of<Spread::kByValue>(~keys[i], number);
+    using T = decltype(type);
+    const auto fill_by = [&](const auto& of) {
+      for (int i = 0; i < count; ++i) bins[i] = of.Of(~keys[i], static_cast<uint32_t>(i));
+    };
+    const GeneralPairBins<T> general(inner, count, attempt < 2, attempt > 0, all);
+    if constexpr (T::kBits == 32) {
+      const bool differ_in_last = (inner.differences & 1) != 0;
+      const ValuePairBins<T> by_value(inner.range);
+      const bool is_by_value = differ_in_last ? ValuePairBins<T>::Serve(inner)
+                                              : general.margin != 0 && general.bins.per_depth < 2;
+      if (attempt == 0 && differ_in_last && EvenPairBins<T>::Serve(inner)) {
+        return fill_by(EvenPairBins<T>(inner.range));
       }
+      if (attempt == 0 && is_by_value && by_value.are_valid) return fill_by(by_value);
+    } else if (attempt == 0 && NumberedPairBins<T>::Serve(inner)) {
+      return fill_by(NumberedPairBins<T>(inner, count));
     }
+    fill_by(general);
   };
   is_float32 ? fill(Float32()) : fill(BFloat16());
 }

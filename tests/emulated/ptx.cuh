@@ -159,10 +159,16 @@ inline uint32_t MinOfSum(uint32_t a, uint32_t b, uint32_t c) { return a + b < c 
 inline uint32_t UpperProduct(uint32_t a, uint32_t b) {
   return static_cast<uint32_t>(uint64_t{a} * b >> 32);
 }
-inline uint32_t AddBytes(uint32_t sum, uint32_t bytes) {
-  for (; bytes != 0; bytes >>= 8) sum += bytes & 0xffu;
+inline uint32_t AddSixteenfold(uint32_t sum, uint32_t counts) {
+  for (; counts != 0; counts >>= 4) sum += 16 * (counts & 0xfu);
   return sum;
 }
+inline uint32_t ShiftLeftWrapped(uint32_t word, uint32_t amount) { return word << amount % 32; }
+inline uint32_t ShiftRightWrapped(uint32_t word, uint32_t amount) { return word >> amount % 32; }
+inline uint32_t Rotate(uint32_t word, uint32_t amount) {
+  return word << amount % 32 | word >> (0 - amount) % 32;
+}
+inline uint32_t RotateBack(uint32_t word, uint32_t amount) { return Rotate(word, 0 - amount); }
 inline float FastDivide(float a, float b) { return a / b; }
 inline float FastSquareRoot(float a) { return std::sqrt(a); }
 void BarrierInit(MBarrier* barrier);
