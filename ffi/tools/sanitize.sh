@@ -74,6 +74,8 @@ paths=(
   "--rows 2 --width 4999 --k 2048 --dist clust --values"                         # short, refined
   "--rows 2 --width 10240 --k 512 --sorted --values"                             # short, sorted
   "--rows 2 --width 9001 --k 300 --plan path=short,cluster=1 --smallest"         # short, forced
+  "--rows 2 --width 15000 --k 2048 --plan cluster=1 --values"                    # large tile
+  "--rows 2 --width 9000 --k 4000 --sorted --values --dist relu"                 # many pairs, apart
   "--rows 2 --width 20003 --k 2048"                                              # resident cluster
   "--rows 2 --width 20003 --k 700 --plan path=sample,cluster=8 --sorted --values" # sample, sorted
   "--rows 2 --width 20000 --k 256 --dist period --plan path=exact"               # exact, sums
