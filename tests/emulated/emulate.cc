@@ -11,6 +11,7 @@
 #include <numeric>
 #include <random>
 #include <string>
+#include <type_traits>
 #include <vector>
 
 #include "../../ffi/cuda/kernel.cuh"
