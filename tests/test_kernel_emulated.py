@@ -510,6 +510,12 @@ def far_outliers(rng: np.random.Generator, width: int) -> np.ndarray:
     return x
 
 
+def short_mantissas(rng, width):
+    """Keys that are alike in their last bits: those of bfloat16, as float32."""
+    bits = rng.normal(size=width).astype(np.float32).view(np.uint32)
+    return (bits & np.uint32(0xFFFF0000)).view(np.float32)
+
+
 @pytest.mark.parametrize("schedule", emulation.SCHEDULES)
 @pytest.mark.parametrize(
     ("generator", "k", "plan"),
@@ -525,6 +531,8 @@ def far_outliers(rng: np.random.Generator, width: int) -> np.ndarray:
         (far_outliers, 3000, "path=sample,cluster=1"),  # streamed, and few set the range of keys
         (inputs.normal, 300, "path=short"),
         (half_of_one_value, 1500, "path=short"),  # a crowded bin below others
+        (short_mantissas, 600, "path=short"),  # equal keys that share bins by their numbers
+        (short_mantissas, 2400, "path=sample,cluster=2"),
     ],
     ids=lambda value: getattr(value, "__name__", str(value)),
 )

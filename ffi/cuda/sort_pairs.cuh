@@ -389,7 +389,7 @@ struct BinPlaces {
 __device__ __forceinline__ BinPlaces PlaceBins(Cta& cta, int count, uint32_t num_second,
                                                const SortSpace& space) {
   static_assert(kBinsPerThread == 8, "eight words to a thread, and a vector of their places");
-  SyncThreads();  // counts before their reads
+  SyncThreads();  // counts of pairs before their sums
   uint32_t sums[kBinsPerThread] = {};
   uint32_t sum = 0;
   if (cta.thread < kBinThreads) {

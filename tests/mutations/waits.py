@@ -42,6 +42,11 @@ REDUNDANT: dict[str, str] = {
     "the cleared histogram before the guess": "CTAs that share a row have met at the cluster's"
     " barrier, and one alone would guess worse, but verifies its guess: a race all the same, which"
     " racecheck would report",
+    "counts of pairs before their sums": "a sum that is too small says that a bin overflowed, and"
+    " the row is sorted by other ways, in the end by one without counts: slow, and a race",
+    "the pairs before their reads, and the cleared histogram": "a thread reads the pairs that it"
+    " wrote itself, but for those behind the last, whose copy of it counts for nothing, and another"
+    " barrier comes before the first count: a race all the same, as above",
 }
 
 
