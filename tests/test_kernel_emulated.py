@@ -731,6 +731,17 @@ def test_sorted_rows_with_crowded_bins(library, most, schedule):
         check(library, x, k, plan=plan, is_sorted=True, schedule=schedule, seed=most)
 
 
+@pytest.mark.parametrize("schedule", emulation.SCHEDULES)
+def test_sorted_keys_that_differ_between_warps_alone(library, schedule):
+    """The lowest bit that differs does so between two warps, but for none of them within it."""
+    rng = np.random.default_rng(25)
+    number = np.arange(384)  # a warp has 32 of them
+    bits = 0x3F80FFFF + (rng.integers(0, 8, size=384) << 20) + (number // 32 % 2 << 16)
+    x = -np.ones((1, 1000), np.float32)
+    x[0, np.sort(rng.permutation(1000)[:384])] = bits.astype(np.uint32).view(np.float32)
+    check(library, x, 384, plan="path=short", is_sorted=True, schedule=schedule)
+
+
 def test_plateau_in_a_list_without_room_for_k_ties(library):
     """Streamed ties beyond the list's capacity: counted, and read again as far as wanted."""
     rng = np.random.default_rng(4)

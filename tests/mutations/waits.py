@@ -28,6 +28,7 @@ _TESTS = (
     "test_winners_may_arrive_while_the_first_cta_sends_its_open_keys",
     "test_sorted_rows_with_many_ties",
     "test_sorted_rows_with_crowded_bins",
+    "test_sorted_keys_that_differ_between_warps_alone",
     "test_a_crowd_that_is_narrowed_twice",
     "test_candidates_with_many_ties",
     "test_candidates_that_meet_in_a_bin",
