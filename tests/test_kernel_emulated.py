@@ -733,13 +733,18 @@ def test_sorted_rows_with_crowded_bins(library, most, schedule):
 
 @pytest.mark.parametrize("schedule", emulation.SCHEDULES)
 def test_sorted_keys_that_differ_between_warps_alone(library, schedule):
-    """The lowest bit that differs does so between two warps, but for none of them within it."""
+    """The lowest bit in which keys differ has one value in a warp and another one in the others.
+
+    The warp that took it for a common one would put its pairs of high numbers behind worse ones. It
+    is the last one, which comes first in a sweep.
+    """
     rng = np.random.default_rng(25)
-    number = np.arange(384)  # a warp has 32 of them
-    bits = 0x3F80FFFF + (rng.integers(0, 8, size=384) << 20) + (number // 32 % 2 << 16)
-    x = -np.ones((1, 1000), np.float32)
-    x[0, np.sort(rng.permutation(1000)[:384])] = bits.astype(np.uint32).view(np.float32)
-    check(library, x, 384, plan="path=short", is_sorted=True, schedule=schedule)
+    k = 2000
+    is_in_last_warp = np.arange(k) % 384 >= 352
+    bits = 0x3F80FFFF + (rng.integers(0, 8, size=k) << 20) + np.where(is_in_last_warp, 2, 1) * 2**16
+    x = -np.ones((1, 3000), np.float32)
+    x[0, np.sort(rng.permutation(3000)[:k])] = bits.astype(np.uint32).view(np.float32)
+    check(library, x, k, plan="path=short", is_sorted=True, schedule=schedule)
 
 
 def test_plateau_in_a_list_without_room_for_k_ties(library):
