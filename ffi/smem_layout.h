@@ -94,7 +94,7 @@ inline constexpr int64_t kKeptBytes = kKeptPerBin * kKeptStride * 2;
 // Pairs of a sorted row that one thread has. A row of k = 2048 does not wait for the code of more.
 inline constexpr int kFewPairTurns = 6;
 inline constexpr int kMostPairTurns = (kMaxK + kThreads - 1) / kThreads;
-constexpr bool HasFewPairs(int64_t k) { return k <= kFewPairTurns * kThreads; }
+inline constexpr int kMostFewPairs = kFewPairTurns * kThreads;
 
 // What sorting `count` pairs takes: room for them in bins, a place for each word of the histogram,
 // and a list of bins that hold several.

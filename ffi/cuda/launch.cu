@@ -16,7 +16,7 @@ Kernel FindKernel(const Problem& problem, const LaunchPlan& plan) {
   const KernelsOfType& kernels = problem.dtype == DType::kFloat32    ? kFloat32Kernels
                                  : problem.dtype == DType::kBFloat16 ? kBFloat16Kernels
                                                                      : kFloat16Kernels;
-  const int order = !problem.is_sorted ? 0 : HasFewPairs(problem.k) ? 1 : 2;
+  const int order = !problem.is_sorted ? 0 : problem.k <= kMostFewPairs ? 1 : 2;
   return kernels[order][plan.cluster_size > 1];
 }
 

@@ -4,8 +4,8 @@
 // its bin by an exclusive scan, and sort the few bins that hold several, a thread each. Bins are
 // even in key, or even in value where keys span many octaves, around zero most of all. What few
 // rows need is apart, in a function of its own: code that lies in the way costs all others 0.5 us.
-// There, where bins lie between two keys (keys of 16 bits, also as float32, or small integers),
-// they divide equal ones by their numbers. If a bin overflows all the same, the pairs of the
+// Where bins lie between two keys (keys of 16 bits, also as float32, or small integers), they
+// divide equal ones by their numbers. If a bin overflows all the same, the pairs of the
 // highest and the lowest key, which need no comparing, get bins of their own (infinities, or a
 // plateau that k cuts), the others are spread anew, and if that does not help, a bitonic sort takes
 // over, with log2(k)^2 / 2 steps of one barrier each.
@@ -114,7 +114,7 @@ __device__ __forceinline__ void VisitGroups(int count, Visit visit) {
   }
   visit(TurnGroup<0, kFewPairTurns>());
   if constexpr (kTurns > kFewPairTurns) {
-    if (count > kFewPairTurns * kThreads) visit(TurnGroup<kFewPairTurns, kTurns>());
+    if (count > kMostFewPairs) visit(TurnGroup<kFewPairTurns, kTurns>());
   }
 }
 
@@ -131,6 +131,15 @@ struct OwnPairs {
   uint2 of[kTurns];
   uint32_t tags[kTurns];  // the bin << kTagShift | how many came to it before << 4
   uint32_t num_second;    // that came to theirs second
+
+  // A group's pairs of `count`; behind the last one, copies of it.
+  template <typename Group>
+  __device__ __forceinline__ void Load(Group, const uint2* pairs, int thread, int count) {
+#pragma unroll
+    for (int i = 0; i < Group::kCount; ++i) {
+      of[Group::kFirst + i] = pairs[min(Group::Number(i, thread), count - 1)];
+    }
+  }
 };
 
 // What is known of some pairs' keys.
@@ -140,7 +149,7 @@ struct Keys {
 };
 
 // The bits in which the keys of all pairs differ, by what a thread's keys have in one of them, and
-// in all. One barrier.
+// in all. Two barriers.
 __device__ __forceinline__ uint32_t FindDifferences(const Cta& cta, uint32_t in_one,
                                                     uint32_t in_all) {
   uint4* of_warps = cta.header->warp_keys;
@@ -186,6 +195,10 @@ __device__ __forceinline__ Keys FindKeys(const Cta& cta, const OwnPairs<kTurns>&
 // Kinds of bins: Of(inverted key, number) is that of a pair of this number in ascending position, 0
 // that of the best. Every step of it is monotone: better pairs never come to later bins.
 
+// Quotients are taken a little less than they are, because they are not exact.
+constexpr float kLess = 0.999999f;
+constexpr float kWord = 4294967296.0f;  // 32 bits behind the point
+
 // Bins even in key: for many keys, of which no number need be asked.
 template <typename T>
 struct EvenPairBins {
@@ -196,11 +209,10 @@ struct EvenPairBins {
     const uint32_t width = keys.range.highest - keys.range.lowest;
     return width >= kPairBins && width <= T::kWidestEven;
   }
-  // A little less than the quotient, which is not exact.
   __device__ __forceinline__ explicit EvenPairBins(const Bracket& range)
       : best(~range.highest),
         scale(static_cast<uint32_t>(
-            FastDivide(static_cast<float>(kPairBins) * 0.999999f * 4294967296.0f,
+            FastDivide(static_cast<float>(kPairBins) * kLess * kWord,
                        static_cast<float>(range.highest - range.lowest) + 1.0f))) {}
   __device__ __forceinline__ uint32_t Of(uint32_t inverted_key, uint32_t) const {
     return UpperProduct(inverted_key - best, scale);
@@ -216,8 +228,7 @@ struct ValuePairBins {
   __device__ __forceinline__ explicit ValuePairBins(const Bracket& range)
       : highest(T::ValueOfInverted(~range.highest)) {
     const float width = highest - T::ValueOfInverted(~range.lowest);
-    // As above.
-    scale = FastDivide(static_cast<float>(kPairBins) * 0.999999f, width);
+    scale = FastDivide(static_cast<float>(kPairBins) * kLess, width);
     constexpr float kMost = 0x1p120f;
     are_valid = width < kMost && scale < kMost && scale > 0.0f;
   }
@@ -240,9 +251,7 @@ struct DepthBins {
   __device__ __forceinline__ DepthBins() {}
   __device__ __forceinline__ DepthBins(uint32_t range, int step, uint32_t num_bins, int count)
       : number_scale(0) {
-    // A little less than the quotients, which are not exact.
-    constexpr float kLess = 0.999999f;
-    constexpr float kWord = 4294967296.0f, kMostOfWord = 4294967040.0f;
+    constexpr float kMostOfWord = 4294967040.0f;
     shift = max(__clz(range) - (31 - kLogPairBins), 0);
     const float num_depths = static_cast<float>(range) + static_cast<float>(1u << step);
     const float bins = static_cast<float>(num_bins) * kLess;
@@ -496,12 +505,7 @@ __device__ __noinline__ bool SortSpecialPairs(Cta cta, Keys keys, int count, boo
   SyncThreads();  // the pairs before their reads, and the cleared histogram before its use
   const Bracket all = keys.range;
   OwnPairs<kTurns> own;
-  VisitGroups<kTurns>(count, [&](auto group) {
-#pragma unroll
-    for (int i = 0; i < group.kCount; ++i) {
-      own.of[group.kFirst + i] = room[min(group.Number(i, cta.thread), count - 1)];
-    }
-  });
+  VisitGroups<kTurns>(count, [&](auto group) { own.Load(group, room, cta.thread, count); });
   bool may_help = true;
 #pragma unroll 1
   for (int attempt = has_overflowed ? 1 : 0; may_help; ++attempt) {

@@ -373,10 +373,7 @@ __device__ __forceinline__ void TakePairs(const Cta& cta, Unsorted unsorted, int
   const auto* positions = reinterpret_cast<const int32_t*>(cta.own);
   VisitGroups<kTurns>(count, [&](auto group) {
     if (unsorted == Unsorted::kPairs) {
-#pragma unroll
-      for (int i = 0; i < group.kCount; ++i) {
-        own->of[group.kFirst + i] = pairs[min(group.Number(i, cta.thread), count - 1)];
-      }
+      own->Load(group, pairs, cta.thread, count);
       return;
     }
     int32_t of[group.kCount];

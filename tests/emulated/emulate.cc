@@ -278,7 +278,7 @@ Kernel FindKernel(bool is_sorted, int64_t k, bool has_clusters) {
     return has_clusters ? SelectRow<T, kPairTurns, true> : SelectRow<T, kPairTurns, false>;
   };
   if (!is_sorted) return of(std::integral_constant<int, 0>());
-  if (HasFewPairs(k)) return of(std::integral_constant<int, kFewPairTurns>());
+  if (k <= kMostFewPairs) return of(std::integral_constant<int, kFewPairTurns>());
   return SelectRow<T, kMostPairTurns, true>;  // of a single CTA, too
 }
 
