@@ -113,6 +113,17 @@ def even_bins(
     return results
 
 
+def sample_ranks(
+    library: ctypes.CDLL, k: int, population: int, sample_size: int
+) -> tuple[int, int]:
+    """Returns the ranks (high, low) in a sample between which the k-th key of a row is guessed."""
+    ranks = (ctypes.c_uint32 * 2)()
+    library.jax_topk_sample_ranks(
+        ctypes.c_uint32(k), ctypes.c_uint32(population), ctypes.c_uint32(sample_size), ranks
+    )
+    return ranks[0], ranks[1]
+
+
 def pair_bins(
     library: ctypes.CDLL, keys: np.ndarray, *, attempt: int, is_float32: bool
 ) -> np.ndarray:

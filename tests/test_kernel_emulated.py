@@ -9,6 +9,7 @@ defects and shows that they do.
 from __future__ import annotations
 
 import ctypes
+import math
 import pathlib
 
 import emulation
@@ -419,6 +420,29 @@ def test_bins_of_a_sort_keep_the_order(library, attempt, is_float32):
         assert bins.max() < 16384
         in_order = bins[np.lexsort((np.arange(count), ~keys))]
         assert np.all(in_order[1:] >= in_order[:-1])
+
+
+@pytest.mark.parametrize("population", [8200, 16384, 32768, 163840])
+@pytest.mark.parametrize("k", [1, 64, 512, 2048, 4096])
+def test_ranks_of_a_sample_leave_few_rows_out(library, k, population):
+    """Of a random sample without return, less than one in 20000 on either side, and not by much."""
+    size = 3072
+    high, low = emulation.sample_ranks(library, k, population, size)
+
+    def log_choose(n, r):
+        return math.lgamma(n + 1) - math.lgamma(r + 1) - math.lgamma(n - r + 1)
+
+    def probability(selected):  # hypergeometric
+        others = log_choose(population - k, size - selected)
+        return math.exp(log_choose(k, selected) + others - log_choose(population, size))
+
+    above = sum(probability(number) for number in range(high))
+    below = sum(probability(number) for number in range(low, min(k, size) + 1))
+    assert above < 5e-5
+    assert below < 5e-5
+    if k * size / population > 30:
+        assert above > 1e-5
+        assert below > 1e-5
 
 
 def test_bins_of_candidates_share_out_their_bracket(library):

@@ -508,6 +508,14 @@ extern "C" void jax_topk_pair_bins(int is_float32, const uint32_t* keys, int cou
   is_float32 ? fill(Float32()) : fill(BFloat16());
 }
 
+// The ranks of a sample between which the k-th key of its row is looked for: high, then low.
+extern "C" void jax_topk_sample_ranks(uint32_t k, uint32_t population, uint32_t sample_size,
+                                      uint32_t* ranks) {
+  const auto goal = jax_topk::SampleGoal(k, population, sample_size, 0);
+  ranks[0] = goal.ranks.high;
+  ranks[1] = goal.ranks.low;
+}
+
 // The bins over which candidates with these keys of a bracket are spread, and the keys of each of
 // these bins.
 extern "C" void jax_topk_even_bins(uint32_t lowest, uint32_t highest, const uint32_t* keys,
