@@ -106,6 +106,19 @@ __device__ __forceinline__ Cta MakeCta(const TopKArgs& args, int rank) {
   return cta;
 }
 
+// For functions that are not inlined. See KnownShared of a pointer.
+__device__ __forceinline__ Cta KnownShared(Cta cta) {
+  cta.header = KnownShared(cta.header);
+  cta.bins = KnownShared(cta.bins);
+  cta.tiles = KnownShared(cta.tiles);
+  cta.list = KnownShared(cta.list);
+  cta.sums = KnownShared(cta.sums);
+  cta.gathered = KnownShared(cta.gathered);
+  cta.own = KnownShared(cta.own);
+  cta.spare = KnownShared(cta.spare);
+  return cta;
+}
+
 // Places the candidates where the row leaves room for them, see smem_layout.h.
 __device__ __forceinline__ void PlaceCandidates(Cta& cta, const TopKArgs& args, bool has_list) {
   unsigned char* candidates = SharedMemory() + (has_list ? args.layout.a : args.layout.b);

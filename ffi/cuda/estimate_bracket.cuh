@@ -244,12 +244,14 @@ __device__ __forceinline__ bool IsCrowded(const Estimate& estimate, const Bracke
 // Where all that is seen in the bin is one value, a plateau, the bracket becomes that value, even
 // if the upper rank lies above it: then all that is above the plateau is kept, and its ties need no
 // room. See FilterWarpTile.
+//
+// Not inlined, see kernel.cuh.
 template <typename T>
-__device__ __forceinline__ Estimate RefineEstimate(Cta& cta, const RowWindow& window,
-                                                   Sample<T>& sample, const BracketGoal& goal,
-                                                   uint32_t flip, bool is_open_above,
-                                                   bool is_open_below, Estimate result, Bracket low,
-                                                   uint32_t inside_low) {
+__device__ __noinline__ Bracket RefineEstimate(Cta cta, RowWindow window, Sample<T> sample,
+                                               BracketGoal goal, uint32_t flip, bool is_open_above,
+                                               bool is_open_below, Estimate result, Bracket low,
+                                               uint32_t inside_low) {
+  cta = KnownShared(cta);
   Bracket outer = result.bracket;
   uint32_t above = result.above;   // visited elements above `outer`
   bool has_high = !is_open_above;  // `outer` holds the upper rank
@@ -264,10 +266,7 @@ __device__ __forceinline__ Estimate RefineEstimate(Cta& cta, const RowWindow& wi
         cta, {has_high ? goal.ranks.high - above : 1, goal.ranks.low - above},
         [&](uint32_t bin) { return bins.Keys(bin, bin, outer); }, found);
     const Estimate &high_bin = found[0], &low_bin = found[1];
-    if (seen.IsSingleKey()) {
-      result.bracket = seen;
-      break;
-    }
+    if (seen.IsSingleKey()) return seen;
     low = low_bin.bracket;
     inside_low = low_bin.inside;
     if (has_high) {
@@ -281,7 +280,7 @@ __device__ __forceinline__ Estimate RefineEstimate(Cta& cta, const RowWindow& wi
     result.inside = above + inside_low - result.above;
     outer = low;
   }
-  return result;
+  return result.bracket;
 }
 
 // In: the sample has elements. The histogram is zero on entry and on exit. All threads return the
@@ -309,8 +308,8 @@ __device__ __forceinline__ Bracket EstimateBracket(Cta& cta, const RowWindow& wi
   result.inside = low.above + low.inside - result.above;
 
   if (Unlikely(IsCrowded(result, goal))) {
-    result = RefineEstimate<T>(cta, window, sample, goal, flip, is_open_above, is_open_below,
-                               result, low.bracket, low.inside);
+    return RefineEstimate<T>(cta, window, sample, goal, flip, is_open_above, is_open_below, result,
+                             low.bracket, low.inside);
   }
   return result.bracket;
 }

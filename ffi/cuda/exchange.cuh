@@ -137,6 +137,7 @@ __device__ __forceinline__ void SumBins(Cta& cta, uint32_t parity) {
     BarrierExpect(&header->barriers[kSegmentsBarrier], cta.num_active * own_count * kVectorBytes);
     BarrierExpect(&header->barriers[kTotalsBarrier], kBinVectors * kVectorBytes);
   }
+#pragma unroll 1
   for (int i = cta.thread; i < kBinVectors; i += kThreads) {
     const int owner = i / each;
     SendAsync(RemoteAddress(&received[cta.rank * each + i % each], owner),
@@ -146,18 +147,22 @@ __device__ __forceinline__ void SumBins(Cta& cta, uint32_t parity) {
   BarrierWait(&header->barriers[kSegmentsBarrier], parity);
   // To all CTAs by the thread that reads the segments: a peer that has everything goes on and may
   // overwrite them.
+#pragma unroll 1
   for (int bin = cta.thread; bin < own_count; bin += kThreads) {
     uint4 sum = make_uint4(0, 0, 0, 0);
+#pragma unroll 1
     for (int source = 0; source < cta.num_active; ++source) {
       const uint4 part = received[source * each + bin];
       sum = make_uint4(sum.x + part.x, sum.y + part.y, sum.z + part.z, sum.w + part.w);
     }
+#pragma unroll 1
     for (int peer = 0; peer < cta.num_active; ++peer) {
       SendAsync(RemoteAddress(&totals[own_first + bin], peer), sum,
                 RemoteAddress(&header->barriers[kTotalsBarrier], peer));
     }
   }
   BarrierWait(&header->barriers[kTotalsBarrier], parity);
+#pragma unroll 1
   for (int i = cta.thread; i < kBinVectors; i += kThreads) {
     reinterpret_cast<uint4*>(cta.bins)[i] = totals[i];
   }

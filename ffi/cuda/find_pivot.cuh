@@ -308,6 +308,10 @@ struct SpreadResult {
     return make_uint4(pivot.key, pivot.num_ties, pivot.greater_before | pivot.equal_before << 16,
                       0);
   }
+  // `greater_before`: in the bins above those of this round.
+  __device__ __forceinline__ static Pivot ToPivot(const uint4& found, uint32_t greater_before) {
+    return Pivot{found.x, found.y, greater_before + (found.z & 0xffffu), found.z >> 16};
+  }
   __device__ __forceinline__ static uint4 OfBin(const SpreadBin& found, uint32_t inside) {
     return make_uint4(found.bin, found.above, inside, 1);
   }
@@ -348,27 +352,40 @@ __device__ __forceinline__ uint4 SearchSpread(const Cta& cta, const Candidates& 
                                      static_cast<uint32_t>(__popc(equal & before))});
 }
 
+// The same for all threads. In: spread candidates, not yet ordered. Two barriers.
+__device__ __forceinline__ uint4 FindSpread(const Cta& cta, const Candidates& candidates,
+                                            const EvenBins& bins, const uint16_t* kept,
+                                            uint32_t padding_before, uint32_t rank) {
+  SyncThreads();  // the spread candidates before their search
+  if (cta.warp == 0) {
+    const uint4 result = SearchSpread(cta, candidates, bins, kept, padding_before, rank);
+    if (cta.lane == 0) cta.header->found[0] = result;
+  }
+  SyncThreads();  // the result before its reads
+  return LoadShared(&cta.header->found[0]);
+}
+
 // What is special about the first round of a search.
 struct FirstRound {
   bool is_open_above;  // the bracket has no upper end
   bool has_ties;       // many, perhaps
 };
 
-// Finds the key of 1-based rank `rank` among the candidates inside the bracket. In: candidates
-// ordered by a barrier; the histogram and the header's pivot are zero. Ends after a barrier behind
-// which candidates and histogram are no longer needed. `bins`: of the bracket. `kept`: room for
-// kKeptBytes.
-__device__ __forceinline__ Pivot FindPivot(Cta& cta, const Candidates& candidates, EvenBins bins,
-                                           uint32_t rank, uint16_t* kept, FirstRound first) {
+// Goes on with a search, out of the way of ordinary rows, which need one round. `found`: the result
+// of that round, or zero if it is still to come. Otherwise as FindPivot.
+static __device__ __noinline__ Pivot FindPivotInRounds(Cta cta, Candidates candidates,
+                                                       EvenBins bins, uint32_t rank, uint16_t* kept,
+                                                       FirstRound first, uint4 found) {
+  cta = KnownShared(cta);
+  candidates.keys = KnownShared(candidates.keys);
+  kept = KnownShared(kept);
   uint32_t greater_before = 0;
-  bool is_special = first.is_open_above || first.has_ties, is_first = true;
-  bool counts_only = first.has_ties;
+  bool is_first = found.w == 0, counts_only = first.has_ties;
   uint32_t padding_before = counts_only ? 0 : candidates.padding_before;
+  if (first.is_open_above) bins = EvenBins(UpToGreatest(cta, candidates, bins));
 #pragma unroll 1
   while (true) {
-    // One question on the way of ordinary rows; so the same call stands twice.
-    if (Unlikely(is_special)) {
-      if (is_first && first.is_open_above) bins = EvenBins(UpToGreatest(cta, candidates, bins));
+    if (found.w == 0) {
       if (counts_only) {
         CountCandidates(cta, candidates, bins);
       } else if (is_first) {
@@ -376,19 +393,8 @@ __device__ __forceinline__ Pivot FindPivot(Cta& cta, const Candidates& candidate
       } else {
         SpreadInside(cta, candidates, bins, kept);
       }
-    } else {
-      SpreadCandidates(cta, candidates, bins, kept);
-    }
-    SyncThreads();  // the spread candidates before their search
-    if (cta.warp == 0) {
-      const uint4 result =
-          SearchSpread(cta, candidates, bins, counts_only ? nullptr : kept, padding_before, rank);
-      if (cta.lane == 0) cta.header->found[0] = result;
-    }
-    SyncThreads();  // the result before its reads
-    const uint4 found = LoadShared(&cta.header->found[0]);
-    if (!Unlikely(found.w != 0)) {
-      return Pivot{found.x, found.y, greater_before + (found.z & 0xffffu), found.z >> 16};
+      found = FindSpread(cta, candidates, bins, counts_only ? nullptr : kept, padding_before, rank);
+      if (found.w == 0) return SpreadResult::ToPivot(found, greater_before);
     }
     const Bracket bracket = bins.Keys(found.x);
     rank -= AllSpread(found.y);
@@ -398,13 +404,29 @@ __device__ __forceinline__ Pivot FindPivot(Cta& cta, const Candidates& candidate
                    bins.TiesBefore(found.z, bracket.lowest, padding_before)};
     }
     bins = EvenBins(bracket);
-    is_special = true;
     is_first = false;
     padding_before = 0;
     counts_only = first.has_ties && AllSpread(found.z) > 4 * kKeptPerBin;
+    found.w = 0;
     if (cta.thread < kPivotBins) cta.bins[cta.thread] = 0;
     SyncThreads();  // the cleared counts before their use
   }
+}
+
+// Finds the key of 1-based rank `rank` among the candidates inside the bracket. In: candidates
+// ordered by a barrier; the histogram and the header's pivot are zero. Ends after a barrier behind
+// which candidates and histogram are no longer needed. `bins`: of the bracket. `kept`: room for
+// kKeptBytes.
+__device__ __forceinline__ Pivot FindPivot(const Cta& cta, const Candidates& candidates,
+                                           const EvenBins& bins, uint32_t rank, uint16_t* kept,
+                                           FirstRound first) {
+  uint4 found = make_uint4(0, 0, 0, 0);
+  if (!Unlikely(first.is_open_above || first.has_ties)) {
+    SpreadCandidates(cta, candidates, bins, kept);
+    found = FindSpread(cta, candidates, bins, kept, candidates.padding_before, rank);
+    if (!Unlikely(found.w != 0)) return SpreadResult::ToPivot(found, 0);
+  }
+  return FindPivotInRounds(cta, candidates, bins, rank, kept, first, found);
 }
 
 }  // namespace jax_topk

@@ -46,10 +46,11 @@ __device__ __forceinline__ KnownBracket LearnFromStream(const Bracket& guess, co
   return LearnFromFailure<T>(guess, row, k, length);
 }
 
+// Not inlined, see kernel.cuh.
 template <typename T>
-__device__ __forceinline__ Bracket NarrowBracket(Cta& cta, const RowWindow& window,
-                                                 const Part& part, uint32_t flip, uint32_t k,
-                                                 uint32_t open_limit, KnownBracket known) {
+__device__ __noinline__ Bracket NarrowBracket(Cta cta, RowWindow window, Part part, uint32_t flip,
+                                              uint32_t k, uint32_t open_limit, KnownBracket known) {
+  cta = KnownShared(cta);
   for (uint32_t round = 0; known.inside > open_limit && !known.keys.IsSingleKey(); ++round) {
     const LinearBins bins(known.keys);
     const auto visit_part = [&](auto visit) {

@@ -36,6 +36,14 @@ __device__ __forceinline__ unsigned char* SharedMemory() {
   asm volatile("" : "+r"(address));
   return static_cast<unsigned char*>(__cvta_shared_to_generic(address));
 }
+// A pointer of which the compiler knows that it leads to shared memory. Of an argument of a
+// function that is not inlined it does not, and every access would have to find out.
+template <typename V>
+__device__ __forceinline__ V* KnownShared(V* pointer) {
+  uint32_t address = static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
+  asm volatile("" : "+r"(address));
+  return static_cast<V*>(__cvta_shared_to_generic(address));
+}
 __device__ __forceinline__ void SyncThreads() { __syncthreads(); }
 __device__ __forceinline__ void SyncWarp() { __syncwarp(); }
 

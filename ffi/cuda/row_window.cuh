@@ -70,13 +70,6 @@ __device__ __forceinline__ uint4 LoadVectorAtEdge(const RowWindow window, int32_
   return make_uint4(words[0], words[1], words[2], words[3]);
 }
 
-template <typename T>
-__device__ __forceinline__ uint4 LoadVector(const RowWindow& window, int32_t index) {
-  if (Unlikely(window.leaves_operand)) return LoadVectorAtEdge<T>(window, index);
-  return LoadReadOnly(
-      reinterpret_cast<const uint4*>(window.vectors + int64_t{index} * kVectorBytes));
-}
-
 // A CTA's share of the row: vectors [first, last).
 struct Part {
   int32_t first;
@@ -193,28 +186,48 @@ __device__ __forceinline__ void MoveUp(V (&values)[kCount]) {
 #pragma unroll
   for (int i = 0; i + 1 < kCount; ++i) values[i] = values[i + 1];
 }
+// The same, and the first one takes the place of the last.
+template <typename V, int kCount>
+__device__ __forceinline__ void Rotate(V (&values)[kCount]) {
+  const V first = values[0];
+  MoveUp(values);
+  values[kCount - 1] = first;
+}
 
-// Calls visit(vector, valid) for the kCount vectors index(0) .. index(kCount - 1), which are loaded
-// at once; a negative index stands for none.
-template <typename T, int kCount, typename Index, typename Visit>
-__device__ __forceinline__ void VisitVectors(const RowWindow& window, Index index, Visit visit) {
-  static_assert(kCount * T::kPerVector <= 32, "one bit per element");
-  uint4 vectors[kCount];
-  uint32_t valid = 0;
+// Loads the vectors index(0) .. index(kCount - 1) of a row at once. A negative index stands for
+// none.
+template <typename T, int kCount, typename Index>
+__device__ __forceinline__ void LoadVectors(const RowWindow& window, Index index,
+                                            uint4 (&vectors)[kCount]) {
+#pragma unroll
+  for (int v = 0; v < kCount; ++v) vectors[v] = make_uint4(0, 0, 0, 0);
+  if (Unlikely(window.leaves_operand)) {
+#pragma unroll 1
+    for (int v = 0; v < kCount; ++v) {
+      Rotate(vectors);
+      const int32_t at = index(v);
+      if (at >= 0) vectors[kCount - 1] = LoadVectorAtEdge<T>(window, at);
+    }
+    return;
+  }
+  const uint4* from = reinterpret_cast<const uint4*>(window.vectors);
 #pragma unroll
   for (int v = 0; v < kCount; ++v) {
     const int32_t at = index(v);
-    vectors[v] = make_uint4(0, 0, 0, 0);
-    if (at >= 0) {
-      vectors[v] = LoadVector<T>(window, at);
-      valid |= ValidInVector(window, at, T::kPerVector) << (v * T::kPerVector);
-    }
+    if (at >= 0) vectors[v] = LoadReadOnly(from + at);
   }
+}
+
+// Calls visit(vector, valid) for these vectors.
+template <typename T, int kCount, typename Index, typename Visit>
+__device__ __forceinline__ void VisitVectors(const RowWindow& window, Index index, Visit visit) {
+  uint4 vectors[kCount];
+  LoadVectors<T>(window, index, vectors);
 #pragma unroll 1
   for (int v = 0; v < kCount; ++v) {
-    visit(vectors[0], valid & LowBits(T::kPerVector));
+    const int32_t at = index(v);
+    visit(vectors[0], at >= 0 ? ValidInVector(window, at, T::kPerVector) : 0);
     MoveUp(vectors);
-    valid >>= T::kPerVector;
   }
 }
 

@@ -355,6 +355,12 @@ struct SortSpace {
         firsts(reinterpret_cast<uint16_t*>(spare + (count + 1) / 2 * 16)),
         crowded(firsts + kBins) {}
 };
+__device__ __forceinline__ SortSpace KnownShared(SortSpace space) {
+  space.pairs = KnownShared(space.pairs);
+  space.firsts = KnownShared(space.firsts);
+  space.crowded = KnownShared(space.crowded);
+  return space;
+}
 static_assert(kMaxK <= 1 << 12 && kMaxPerBin < 16, "a place and a number fit 16 bits");
 
 // Counts pairs by bin. In: the cleared histogram, ordered by a barrier.
@@ -501,6 +507,9 @@ __device__ __forceinline__ Bracket FindRange(const Cta& cta, const OwnPairs<kTur
 template <typename T, int kTurns>
 __device__ __noinline__ bool SortSpecialPairs(Cta cta, Keys keys, int count, bool has_overflowed,
                                               uint2* room, SortSpace space) {
+  cta = KnownShared(cta);
+  room = KnownShared(room);
+  space = KnownShared(space);
   if (has_overflowed) ClearBins(cta);
   SyncThreads();  // the pairs before their reads, and the cleared histogram before its use
   const Bracket all = keys.range;

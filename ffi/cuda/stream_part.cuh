@@ -134,8 +134,9 @@ __device__ __forceinline__ uint32_t TakeChunks(const Cta& cta, const ListPool& p
 }
 
 // How elements are compared with the bracket's lower end; see SignedTest. Plainly if the largest
-// are wanted and the end is positive: then so is all that is kept.
-enum class Comparison { kPlain, kMasked, kSingleKey };
+// are wanted and the end is positive, since then so is all that is kept, and if the bracket is not
+// a single key.
+enum class Comparison { kPlain, kGeneral };
 
 // A warp's tile of which more elements than this are kept is taken by vectors, not by elements.
 constexpr uint32_t kDenseTile = 160;
@@ -210,7 +211,7 @@ __device__ __forceinline__ void FilterWarpTile(const Cta& cta, const RowWindow& 
                              /*is_spaced=*/false, tile);
   const SignedTest<T> test(bracket.lowest, flip);
   uint32_t kept = test.template AtLeast<kComparison != Comparison::kPlain>(run);
-  if constexpr (kComparison == Comparison::kSingleKey) {
+  if (kComparison != Comparison::kPlain && bracket.IsSingleKey()) {
     const uint32_t ties = EqualTo<T>(run, T::Bits(bracket.lowest, flip));
     warp->num_open += __popc(ties);
     kept &= ~ties;
@@ -250,17 +251,15 @@ __device__ __forceinline__ void FilterStreamBy(const Cta& cta, const RowWindow& 
 }
 
 // Filters a warp's stretch whose first tiles StartStream has started. In: the header's num_chunks
-// is zero. Ends without a barrier. One loop for each comparison: a loop that jumps over code that
-// it does not need waits for instructions.
+// is zero. Ends without a barrier. A loop of its own for ordinary rows: one that jumps over code
+// that it does not need waits for instructions.
 template <typename T>
 __device__ __forceinline__ void FilterStream(const Cta& cta, const RowWindow& window,
                                              const ListPool& pool, int num_stages,
                                              const Bracket& bracket, uint32_t flip,
                                              WarpPart* warp) {
-  if (Unlikely(bracket.IsSingleKey())) {
-    FilterStreamBy<T, Comparison::kSingleKey>(cta, window, pool, num_stages, bracket, flip, warp);
-  } else if (Unlikely(SignedTest<T>(bracket.lowest, flip).mask != 0)) {
-    FilterStreamBy<T, Comparison::kMasked>(cta, window, pool, num_stages, bracket, flip, warp);
+  if (Unlikely(bracket.IsSingleKey() || SignedTest<T>(bracket.lowest, flip).mask != 0)) {
+    FilterStreamBy<T, Comparison::kGeneral>(cta, window, pool, num_stages, bracket, flip, warp);
   } else {
     FilterStreamBy<T, Comparison::kPlain>(cta, window, pool, num_stages, bracket, flip, warp);
   }

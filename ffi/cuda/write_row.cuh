@@ -243,24 +243,24 @@ struct StreamSource {
     for (int32_t first = part.first; num_ties < ties && first < part.last;
          first += kThreads * kAtOnce) {
       const int64_t own = int64_t{first} + kAtOnce * cta.thread;
+      const auto index = [&](int v) {
+        return own + v < part.last ? static_cast<int32_t>(own) + v : -1;
+      };
       uint4 vectors[kAtOnce];
+      LoadVectors<T>(window, index, vectors);
       uint32_t greater = 0, equal = 0;
-#pragma unroll
+#pragma unroll 1
       for (int v = 0; v < kAtOnce; ++v) {
-        vectors[v] = make_uint4(0, 0, 0, 0);
-        if (own + v < part.last) vectors[v] = LoadVector<T>(window, static_cast<int32_t>(own) + v);
-      }
-#pragma unroll
-      for (int v = 0; v < kAtOnce; ++v) {
-        if (own + v >= part.last) continue;
         uint32_t above = 0, same = 0;
 #pragma unroll
         for (int i = 0; i < T::kPerVector; ++i) {
-          const uint32_t key = T::Key(T::Element(vectors[v], i), flip);
+          const uint32_t key = T::Key(T::Element(vectors[0], i), flip);
           if (key > pivot) above |= 1u << i;
           if (key == pivot) same |= 1u << i;
         }
-        const uint32_t valid = ValidInVector(window, static_cast<int32_t>(own) + v, T::kPerVector);
+        Rotate(vectors);
+        if (index(v) < 0) continue;
+        const uint32_t valid = ValidInVector(window, index(v), T::kPerVector);
         greater |= (above & valid) << (v * T::kPerVector);
         equal |= (same & valid) << (v * T::kPerVector);
       }

@@ -38,6 +38,9 @@ constexpr const char* kHelp =
     "  --plan TEXT                 forced plan, for instance path=exact,cluster=4\n"
     "  --seed N                    of the data\n"
     "  --time                      also print microseconds per launch in a graph of 20\n"
+    "  --others                    time launches behind kernels that drive instructions and data\n"
+    "                              out of the caches, as in a decode step; the operand is read\n"
+    "                              again, and the time of an empty kernel is subtracted\n"
     "  --grid                      time rows 1..256 by length 2048..163840 and mixed\n";
 
 struct Options {
@@ -46,6 +49,7 @@ struct Options {
   std::string dist = "normal";
   std::string plan;
   bool is_smallest = false, with_values = false, is_timed = false, is_grid = false;
+  bool has_others = false;
   unsigned seed = 0;
 };
 
@@ -85,6 +89,7 @@ Options ParseOptions(int argc, char** argv) {
     else if (name == "--values") options.with_values = true;
     else if (name == "--time") options.is_timed = true;
     else if (name == "--grid") options.is_grid = true;
+    else if (name == "--others") options.has_others = true;
     else if (name == "--dtype") {
       const std::string dtype = next();
       if (dtype == "float32") options.problem.dtype = DType::kFloat32;
@@ -244,13 +249,57 @@ double Median(std::vector<double> samples) {
   return samples[samples.size() / 2];
 }
 
-double TimeCase(const Options& options, const TopKBuffers& buffers) {
+// 256 KB of instructions, more than the caches of a processor hold.
+template <int kCount>
+__device__ __forceinline__ void ManyInstructions(float* x) {
+  if constexpr (kCount == 1) {
+    asm volatile("fma.rn.f32 %0, %0, %0, %0;" : "+f"(*x));
+  } else {
+    ManyInstructions<kCount / 2>(x);
+    ManyInstructions<kCount / 2>(x);
+  }
+}
+__global__ void OtherInstructions() {
+  float x = 0;
+  ManyInstructions<(256 << 10) / 16>(&x);
+}
+
+// More data than the L2 cache holds. The sum is stored in one case of 2^32.
+constexpr int64_t kOtherBytes = 200 << 20;
+__global__ void OtherData(uint4* data) {
+  uint32_t sum = 0;
+  for (int64_t i = blockIdx.x * blockDim.x + threadIdx.x; i < kOtherBytes / 16;
+       i += gridDim.x * blockDim.x) {
+    const uint4 vector = data[i];
+    sum ^= vector.x ^ vector.y ^ vector.z ^ vector.w;
+  }
+  if (sum == 0x5a5a5a5au) data->x = sum;
+}
+
+double TimeChain(const Launch& launch) {
   std::vector<double> samples;
+  Check(TimeGraphChain(launch, 20, 50, &samples));
+  return Median(samples);
+}
+
+double TimeCase(const Options& options, const TopKBuffers& buffers) {
   const Launch launch = [&](int, cudaStream_t stream) {
     return LaunchTopK(options.problem, options.is_smallest, options.plan, buffers, stream);
   };
-  Check(TimeGraphChain(launch, 20, 50, &samples));
-  return Median(samples);
+  if (!options.has_others) return TimeChain(launch);
+  static uint4* const data = Upload(std::vector<uint4>(kOtherBytes / sizeof(uint4)));
+  const auto behind_others = [&](const Launch& last) {
+    return [&](int i, cudaStream_t stream) {
+      OtherInstructions<<<256, 32, 0, stream>>>();
+      OtherData<<<256, 512, 0, stream>>>(data);
+      const std::string error = LaunchRead(options.problem, buffers, stream);
+      return error.empty() ? last(i, stream) : error;
+    };
+  };
+  const Launch empty = [](int, cudaStream_t stream) { return LaunchEmpty(stream); };
+  // The empty kernel first: what is checked afterwards is the last kernel's output.
+  const double others = TimeChain(behind_others(empty));
+  return TimeChain(behind_others(launch)) - others;
 }
 
 int RunCase(const Options& options) {

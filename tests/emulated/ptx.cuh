@@ -139,6 +139,10 @@ struct SharedCursor {
 };
 template <typename V>
 void ComputeHere(V*&) {}
+template <typename V>
+V* KnownShared(V* pointer) {
+  return pointer;
+}
 inline void SetIfAtLeast(uint32_t* bits, uint32_t bit, int32_t word, int32_t bound) {
   if (word >= bound) *bits |= bit;
 }

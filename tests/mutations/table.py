@@ -355,18 +355,22 @@ KERNEL = (
         "ffi/cuda/exchange.cuh",
         """  for (int bin = cta.thread; bin < own_count; bin += kThreads) {
     uint4 sum = make_uint4(0, 0, 0, 0);
+#pragma unroll 1
     for (int source = 0; source < cta.num_active; ++source) {
       const uint4 part = received[source * each + bin];
       sum = make_uint4(sum.x + part.x, sum.y + part.y, sum.z + part.z, sum.w + part.w);
     }
+#pragma unroll 1
     for (int peer = 0; peer < cta.num_active; ++peer) {""",
         """  for (int i = cta.thread; i < own_count * cta.num_active; i += kThreads) {
     const int bin = i % own_count;
     uint4 sum = make_uint4(0, 0, 0, 0);
+#pragma unroll 1
     for (int source = 0; source < cta.num_active; ++source) {
       const uint4 part = received[source * each + bin];
       sum = make_uint4(sum.x + part.x, sum.y + part.y, sum.z + part.z, sum.w + part.w);
     }
+#pragma unroll 1
     for (int peer = i / own_count, last = peer; peer == last; ++peer) {""",
         "Sums for one peer are sent while those for another one are not yet made; it was so once.",
         _emulated("test_a_peer_may_be_a_round_of_histograms_ahead"),
