@@ -193,7 +193,7 @@ def test_constants_of_the_path_are_those_of_the_kernel():
     of_types = re.findall(r"kMaxVectors = ([\w:]+);", keys)
     assert of_types == ["jax_topk::kMaxVectors", *(str(plans.TILE_VECTORS[t]) for t in
                         ("bfloat16", "float16"))]  # fmt: skip
-    assert "if (each <= kThreads * T::kMaxVectors ||" in kernel
+    assert "is_resident = each <= kThreads * T::kMaxVectors ||" in kernel
     assert "(args.num_stages > 1 && each <= kThreads * kMaxRunVectors<T>)" in kernel
     filter_part = (ROOT / "ffi" / "cuda" / "filter_part.cuh").read_text()
     assert "kMaxRunVectors = 32 / T::kPerVector;" in filter_part
