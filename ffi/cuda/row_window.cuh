@@ -188,7 +188,7 @@ __device__ __forceinline__ void MoveUp(V (&values)[kCount]) {
 }
 // The same, and the first one takes the place of the last.
 template <typename V, int kCount>
-__device__ __forceinline__ void Rotate(V (&values)[kCount]) {
+__device__ __forceinline__ void MoveAround(V (&values)[kCount]) {
   const V first = values[0];
   MoveUp(values);
   values[kCount - 1] = first;
@@ -204,7 +204,7 @@ __device__ __forceinline__ void LoadVectors(const RowWindow& window, Index index
   if (Unlikely(window.leaves_operand)) {
 #pragma unroll 1
     for (int v = 0; v < kCount; ++v) {
-      Rotate(vectors);
+      MoveAround(vectors);
       const int32_t at = index(v);
       if (at >= 0) vectors[kCount - 1] = LoadVectorAtEdge<T>(window, at);
     }

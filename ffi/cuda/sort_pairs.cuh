@@ -355,13 +355,15 @@ struct SortSpace {
         firsts(reinterpret_cast<uint16_t*>(spare + (count + 1) / 2 * 16)),
         crowded(firsts + kBins) {}
 };
+static_assert(kMaxK <= 1 << 12 && kMaxPerBin < 16, "a place and a number fit 16 bits");
+
+// For functions that are not inlined. See KnownShared of a pointer.
 __device__ __forceinline__ SortSpace KnownShared(SortSpace space) {
   space.pairs = KnownShared(space.pairs);
   space.firsts = KnownShared(space.firsts);
   space.crowded = KnownShared(space.crowded);
   return space;
 }
-static_assert(kMaxK <= 1 << 12 && kMaxPerBin < 16, "a place and a number fit 16 bits");
 
 // Counts pairs by bin. In: the cleared histogram, ordered by a barrier.
 template <int kTurns, typename Bins>

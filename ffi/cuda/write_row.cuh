@@ -258,7 +258,7 @@ struct StreamSource {
           if (key > pivot) above |= 1u << i;
           if (key == pivot) same |= 1u << i;
         }
-        Rotate(vectors);
+        MoveAround(vectors);
         if (index(v) < 0) continue;
         const uint32_t valid = ValidInVector(window, index(v), T::kPerVector);
         greater |= (above & valid) << (v * T::kPerVector);
