@@ -63,7 +63,8 @@ class Instruction:
 
 def parse_listing(lines: Iterable[str]) -> Iterator[Instruction]:
     """The instructions of a listing of `nvdisasm -c -gi`."""
-    kernel, places, is_complete = "", list[Place](), True
+    kernel, is_complete = "", True
+    places: list[Place] = []
     for line in lines:
         if found := re.match(r"\.text\.(\S+):", line):
             kernel = found[1]

@@ -38,9 +38,9 @@ constexpr const char* kHelp =
     "  --plan TEXT                 forced plan, for instance path=exact,cluster=4\n"
     "  --seed N                    of the data\n"
     "  --time                      also print microseconds per launch in a graph of 20\n"
-    "  --others                    time launches behind kernels that drive instructions and data\n"
-    "                              out of the caches, as in a decode step; the operand is read\n"
-    "                              again, and the time of an empty kernel is subtracted\n"
+    "  --others                    as --time or --grid, behind kernels that drive instructions\n"
+    "                              and data out of the caches, as in a decode step; the operand\n"
+    "                              is read again, and an empty kernel's time is subtracted\n"
     "  --grid                      time rows 1..256 by length 2048..163840 and mixed\n";
 
 struct Options {
@@ -89,7 +89,7 @@ Options ParseOptions(int argc, char** argv) {
     else if (name == "--values") options.with_values = true;
     else if (name == "--time") options.is_timed = true;
     else if (name == "--grid") options.is_grid = true;
-    else if (name == "--others") options.has_others = true;
+    else if (name == "--others") options.has_others = options.is_timed = true;
     else if (name == "--dtype") {
       const std::string dtype = next();
       if (dtype == "float32") options.problem.dtype = DType::kFloat32;
