@@ -102,13 +102,15 @@ constexpr int64_t SortBytes(int64_t count) {
   return AlignUp(count * 8, 16) + int64_t{kBins} * 2 + kMaxK / 2 * 2;
 }
 
+// Where the bins and area A begin, in every layout.
+inline constexpr int64_t kBinsOffset = kHeaderBytes;
+inline constexpr int64_t kAreaAOffset = AlignUp(kBinsOffset + kBinsBytes, 128);
+
 struct SmemLayout {
-  int64_t bins;  // uint32[kBins]
-  int64_t a;
-  int64_t b;
+  int32_t b;            // where area B begins
+  int32_t own;          // from the start of the candidates: uint32[list_capacity], or the output
+  int32_t kept;         // from there: uint16[kKeptPerBin][kKeptStride]
   int32_t num_chunks;   // of the list
-  int64_t own;          // from the start of the candidates: uint32[list_capacity], or the output
-  int64_t kept;         // from there: uint16[kKeptPerBin][kKeptStride]
   bool has_large_tile;  // there is room for one, and for the output behind it
   int64_t total_bytes;
 };
@@ -127,21 +129,20 @@ constexpr SmemLayout MakeSmemLayout(int cluster_size, int num_stages, int64_t li
   const int64_t candidates_bytes = own_offset + larger(own_bytes, kept + kKeptBytes);
   SmemLayout layout{};
   layout.num_chunks = static_cast<int32_t>(NumChunks(list_capacity));
-  layout.bins = kHeaderBytes;
-  layout.a = AlignUp(layout.bins + kBinsBytes, 128);
   // Areas A and B each: where one holds a row's pairs, the other one serves to sort them.
   const int64_t either_bytes = larger(candidates_bytes, SortBytes(k));
-  layout.b = layout.a + AlignUp(larger(TileRingBytes(num_stages), either_bytes), 128);
+  const int64_t b = kAreaAOffset + AlignUp(larger(TileRingBytes(num_stages), either_bytes), 128);
+  layout.b = static_cast<int32_t>(b);
   // Behind the histograms of the cluster too: a CTA may still collect keys for a bracket that a
   // peer has found wrong.
-  layout.own = own_offset;
-  layout.kept = kept;
+  layout.own = static_cast<int32_t>(own_offset);
+  layout.kept = static_cast<int32_t>(kept);
   layout.total_bytes =
-      layout.b + AlignUp(larger(larger(ListBytes(list_capacity), cluster_size == 1 ? 0 : kSumBytes),
-                                either_bytes),
-                         128);
+      b + AlignUp(larger(larger(ListBytes(list_capacity), cluster_size == 1 ? 0 : kSumBytes),
+                         either_bytes),
+                  128);
   layout.has_large_tile =
-      layout.a + kLargeTileBytes + larger(NextPowerOfTwo(k) * 8, kRankedBytes) <=
+      kAreaAOffset + kLargeTileBytes + larger(NextPowerOfTwo(k) * 8, kRankedBytes) <=
       layout.total_bytes;
   return layout;
 }

@@ -24,13 +24,28 @@ WINDOW = 64 << 10
 """Bytes of instructions that a launch brings."""
 
 INSTRUCTION_BYTES = 16
-PATHS = ("SelectResidentRow", "SelectStreamedRow", "SelectShortRow")
-IN_FRONT = {"clusters": "SelectResidentRow", "one CTA per row": "SelectStreamedRow"}
-"""Of each kernel, the path that has to lie in front."""
+PATHS = {
+    "few turns": "SelectShortRow<T, kFewTurns<T>>(",
+    "middle turns": "SelectShortRow<T, kMiddleTurns<T>>(",
+    "most turns": "SelectShortRow<T, kMostTurns<T>>(",
+    "large tile": "SelectShortRow<T, kLargeTurns<T>>(",
+    "resident": "SelectResidentRow<T>(",
+    "streamed": "SelectStreamedRow<T>(",
+    "streamed, rare": "CompleteStreamedRow(",
+}
+"""Paths, and what the line of `kernel.cuh` contains that calls each."""
+CALLER = "kernel.cuh"
+IN_FRONT = {
+    "clusters": ("few turns", "resident", "streamed"),
+    "one CTA per row": ("few turns", "middle turns", "streamed"),
+}
+"""Of each kernel, the paths that have to lie in front."""
 
-LEAST_SHARE = 0.75
-"""Of that path. The rest is code for warps that have diverged at a shuffle, which none does and
-which the compiler puts behind everything, and code that it shares between paths."""
+LEAST_SHARE = {"streamed": 0.25}
+"""Of such a path, if not `LEAST`: its last steps are those of rare streams too, and lie there."""
+LEAST = 0.75
+"""The rest is code for warps that have diverged at a shuffle, which none does and which the
+compiler puts behind everything, and code that it shares between paths."""
 
 SOURCE = """\
 #include "cuda/instances.cuh"
@@ -77,15 +92,16 @@ def parse_listing(lines: Iterable[str]) -> Iterator[Instruction]:
             yield Instruction(kernel, int(found[1], 16), tuple(places))
 
 
-def functions_by_line(source: str) -> list[str]:
-    """For every line of a CUDA source, from line 1 on, the device function that it belongs to."""
-    names, name = [], ""
-    for line in source.splitlines():
-        found = re.search(r"__device__.*?\b(\w+)\(", line)
-        if found and not line.lstrip().startswith("//"):
-            name = found[1]
-        names.append(name)
-    return names
+def calls_by_line(source: str) -> dict[int, str]:
+    """The paths that a CUDA source calls: line, from 1 on -> path. A declaration is no call."""
+    calls = {}
+    for number, line in enumerate(source.splitlines(), 1):
+        if "__device__" in line or line.lstrip().startswith("//"):
+            continue
+        for path, call in PATHS.items():
+            if call in line:
+                calls[number] = path
+    return calls
 
 
 @dataclasses.dataclass
@@ -103,14 +119,12 @@ class Extent:
         self.begin = address if self.begin is None else min(self.begin, address)
 
 
-def extents(
-    listing: Iterable[str], functions: dict[str, list[str]]
-) -> dict[str, dict[str, Extent]]:
+def extents(listing: Iterable[str], calls: dict[int, str]) -> dict[str, dict[str, Extent]]:
     """The paths of both kernels.
 
     Args:
         listing: lines of `nvdisasm -c -gi`.
-        functions: file name -> `functions_by_line` of it.
+        calls: `calls_by_line` of `CALLER`.
 
     Returns:
         kernel, as in `KERNELS` -> path -> extent; `"all"` is a path too.
@@ -120,12 +134,10 @@ def extents(
         for mark, name in KERNELS.items():
             if mark not in instruction.kernel:
                 continue
-            names = {
-                functions[file][line - 1]
-                for file, line in instruction.places
-                if file in functions and line <= len(functions[file])
+            paths = {
+                calls[line] for file, line in instruction.places if file == CALLER and line in calls
             }
-            for path in ("all", *names.intersection(PATHS)):
+            for path in ("all", *paths):
                 found[name][path].add(instruction.address)
     return found
 
@@ -167,14 +179,15 @@ def table(found: dict[str, dict[str, Extent]]) -> str:
 def misplaced(found: dict[str, dict[str, Extent]]) -> list[str]:
     """A sentence for every path that should lie in front and does not."""
     sentences = []
-    for kernel, path in IN_FRONT.items():
-        extent = found[kernel][path]
-        if extent.in_window < LEAST_SHARE * extent.size or extent.size == 0:
-            sentences.append(
-                f"{path} of the kernel for {kernel}: {extent.in_window} of {extent.size} bytes lie"
-                f" in the first {WINDOW >> 10} KB, and {LEAST_SHARE:.0%} should; see the top of"
-                " ffi/cuda/kernel.cuh"
-            )
+    for kernel, paths in IN_FRONT.items():
+        for path in paths:
+            extent, least = found[kernel][path], LEAST_SHARE.get(path, LEAST)
+            if extent.in_window < least * extent.size or extent.size == 0:
+                sentences.append(
+                    f"{path} of the kernel for {kernel}: {extent.in_window} of {extent.size} bytes"
+                    f" lie in the first {WINDOW >> 10} KB, and {least:.0%} should; see the top of"
+                    " ffi/cuda/kernel.cuh"
+                )
     return sentences
 
 
@@ -198,11 +211,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except RuntimeError as error:
         print(error, file=sys.stderr)
         return 1
-    functions = {
-        path.name: functions_by_line(path.read_text())
-        for path in (ROOT / "ffi" / "cuda").glob("*.cuh")
-    }
-    found = extents(listing, functions)
+    calls = calls_by_line((ROOT / "ffi" / "cuda" / CALLER).read_text())
+    found = extents(listing, calls)
     print(table(found))
     sentences = misplaced(found)
     for sentence in sentences:

@@ -8,10 +8,7 @@ import code_layout
 import pytest
 
 KERNEL = "_ZN8jax_topk10TopKKernelINS_7Float32ELi0ELb{}EEEvNS_8TopKArgsE"
-FUNCTIONS = {
-    "kernel.cuh": ["", "SelectResidentRow", "SelectStreamedRow", "SelectShortRow", "SelectRow"],
-    "block.cuh": ["BlockScan"],
-}
+CALLS = {2: "resident", 3: "streamed", 4: "few turns"}
 
 
 def listing(kernel: int, *chains: tuple[int, list[tuple[str, int]]]) -> list[str]:
@@ -41,40 +38,51 @@ def test_every_instruction_has_its_address_and_places():
     ]
 
 
-def test_functions_are_found_by_line():
+def test_calls_are_found_by_line():
     source = (
-        "// __device__ void NotThis(\n"
-        "template <typename T>\n"
-        "__device__ __forceinline__ uint32_t First(const Cta& cta,\n"
-        "                                         uint32_t value) {\n"
-        "  return Other(value);\n"
-        "}\n"
-        "__device__ __noinline__ void Second() {}\n"
+        "// SelectResidentRow<T>(cta) is not called here\n"
+        "__device__ bool SelectStreamedRow<T>(Cta& cta);\n"
+        "    SelectShortRow<T, kMiddleTurns<T>>(cta, args, window, output);\n"
+        "  if (SelectStreamedRow<T>(cta, args)) return;\n"
+        "  CompleteStreamedRow(cta, args);\n"
     )
-    assert code_layout.functions_by_line(source) == ["", "", *["First"] * 4, "Second"]
+    calls = {3: "middle turns", 4: "streamed", 5: "streamed, rare"}
+    assert code_layout.calls_by_line(source) == calls
+
+
+def test_the_kernel_calls_every_path_once():
+    calls = code_layout.calls_by_line(
+        (code_layout.ROOT / "ffi" / "cuda" / code_layout.CALLER).read_text()
+    )
+    assert sorted(calls.values()) == sorted(code_layout.PATHS)
 
 
 def test_paths_in_front_and_behind():
     window = code_layout.WINDOW
-    resident, streamed, short = ([("kernel.cuh", line)] for line in (2, 3, 4))
-    inner = [("block.cuh", 1), *resident]
+    resident, streamed, few = ([("kernel.cuh", line)] for line in (2, 3, 4))
+    inner = [("block.cuh", 2), *resident]
     lines = [
         *listing(1, (0x10, resident), (0x20, inner), (window - 16, resident), (window, resident)),
-        *listing(0, (0x30, short), (window + 16, streamed), (window + 32, streamed)),
+        *listing(0, (0x30, few), (window + 16, streamed), (window + 32, streamed)),
     ]
-    found = code_layout.extents(lines, FUNCTIONS)
-    of_clusters = found["clusters"]["SelectResidentRow"]
+    found = code_layout.extents(lines, CALLS)
+    of_clusters = found["clusters"]["resident"]
     assert (of_clusters.size, of_clusters.in_window, of_clusters.begin) == (64, 48, 0x10)
     alone = found["one CTA per row"]
-    assert (alone["SelectStreamedRow"].size, alone["SelectStreamedRow"].in_window) == (32, 0)
+    assert (alone["streamed"].size, alone["streamed"].in_window) == (32, 0)
     assert (alone["all"].size, alone["all"].in_window) == (48, 16)
-    assert found["clusters"]["SelectShortRow"].begin is None
-    assert "clusters         SelectResidentRow      0x10" in code_layout.table(found)
+    assert found["clusters"]["few turns"].begin is None
+    assert "clusters         resident               0x10" in code_layout.table(found)
 
-    (sentence,) = code_layout.misplaced(found)
-    assert "SelectStreamedRow of the kernel for one CTA per row: 0 of 32 bytes" in sentence
     # A path that is not there at all was not compiled, or is called otherwise now.
-    assert len(code_layout.misplaced(code_layout.extents([], FUNCTIONS))) == 2
+    sentences = code_layout.misplaced(found)
+    assert [sentence.split(":")[0] for sentence in sentences] == [
+        "few turns of the kernel for clusters",
+        "streamed of the kernel for clusters",
+        "middle turns of the kernel for one CTA per row",
+        "streamed of the kernel for one CTA per row",
+    ]
+    assert "0 of 32 bytes lie in the first 64 KB, and 25% should" in sentences[-1]
 
 
 def test_tools_that_are_not_there(capsys):
@@ -86,5 +94,5 @@ def test_tools_that_are_not_there(capsys):
 @pytest.mark.skipif(
     not (shutil.which("nvcc") and shutil.which("nvdisasm")), reason="needs nvcc and nvdisasm"
 )
-def test_long_rows_lie_in_front():
+def test_ordinary_rows_lie_in_front():
     assert code_layout.main(["--check"]) == 0

@@ -13,15 +13,16 @@
 namespace jax_topk {
 
 struct TopKArgs {
-  const void* operand;     // [rows, width], row-major
-  int64_t operand_bytes;   // rows * width elements: loads stay inside
-  const int32_t* starts;   // [rows], any value: clamped on the device
+  // What is wanted before the length comes first, in one line of the constant cache.
   const int32_t* lengths;  // [rows], any value: clamped on the device
-  void* values;            // [rows, k] or null
+  const int32_t* starts;   // [rows], any value: clamped on the device
+  const void* operand;     // [rows, width], row-major
   int32_t* indices;        // [rows, k]
-  int64_t width;
-  bool are_rows_aligned;  // every row begins at a 16-byte address
+  void* values;            // [rows, k] or null
+  int32_t width;
   int32_t k;              // >= 1
+  int64_t operand_bytes;  // rows * width elements: loads stay inside
+  bool are_rows_aligned;  // every row begins at a 16-byte address
   bool is_smallest;
   int32_t path;  // Path
   int32_t cluster_size;
@@ -43,7 +44,7 @@ inline TopKArgs MakeArgs(const Problem& problem, const LaunchPlan& plan, bool is
   args.values = buffers.values;
   args.indices = buffers.indices;
   args.operand_bytes = problem.rows * problem.width * ElementBytes(problem.dtype);
-  args.width = problem.width;
+  args.width = static_cast<int32_t>(problem.width);
   args.are_rows_aligned = reinterpret_cast<uintptr_t>(buffers.operand) % kVectorBytes == 0 &&
                           problem.width * ElementBytes(problem.dtype) % kVectorBytes == 0;
   args.k = static_cast<int32_t>(problem.k);

@@ -36,7 +36,9 @@ ffi::Error Run(cudaStream_t stream, ffi::AnyBuffer operand, ffi::Buffer<ffi::S32
   const TopKBuffers buffers{operand.untyped_data(), starts.typed_data(), lengths.typed_data(),
                             values == nullptr ? nullptr : values->untyped_data(),
                             indices.typed_data()};
-  const std::string error = LaunchTopK(problem, is_smallest, plan, buffers, stream);
+  // Behind other kernels: XLA does not launch them so that they overlap.
+  const std::string error =
+      LaunchTopK(problem, is_smallest, plan, buffers, /*may_overlap=*/false, stream);
   return error.empty() ? ffi::Error::Success() : Invalid(error);
 }
 
@@ -107,7 +109,7 @@ std::vector<double> GraphChain(const std::string& kind, const std::vector<uint64
   Launch launch;
   if (kind == "top_k") {
     launch = [&](int index, cudaStream_t stream) {
-      return LaunchTopK(problem, smallest, plan, buffers(index), stream);
+      return LaunchTopK(problem, smallest, plan, buffers(index), /*may_overlap=*/true, stream);
     };
   } else if (kind == "empty") {
     launch = [](int, cudaStream_t stream) { return LaunchEmpty(stream); };
@@ -145,7 +147,8 @@ void Select(uint64_t operand, uint64_t starts, uint64_t lengths, uint64_t values
     nb::gil_scoped_release unlocked;
     cudaError_t status = cudaSetDevice(device);
     if (status == cudaSuccess) {
-      error = LaunchTopK(problem, smallest, plan, buffers, cudaStreamPerThread);
+      error =
+          LaunchTopK(problem, smallest, plan, buffers, /*may_overlap=*/true, cudaStreamPerThread);
       if (error.empty()) status = cudaStreamSynchronize(cudaStreamPerThread);
     }
     if (error.empty() && status != cudaSuccess) {

@@ -94,8 +94,8 @@ __device__ __forceinline__ Cta MakeCta(const TopKArgs& args, int rank) {
   unsigned char* shared = SharedMemory();
   Cta cta{};
   cta.header = reinterpret_cast<SharedHeader*>(shared);
-  cta.bins = reinterpret_cast<uint32_t*>(shared + args.layout.bins);
-  cta.tiles = shared + args.layout.a;
+  cta.bins = reinterpret_cast<uint32_t*>(shared + kBinsOffset);
+  cta.tiles = shared + kAreaAOffset;
   cta.list = shared + args.layout.b;
   cta.sums = shared + args.layout.b;
   cta.thread = ThreadIndex();
@@ -104,6 +104,11 @@ __device__ __forceinline__ Cta MakeCta(const TopKArgs& args, int rank) {
   cta.rank = rank;
   cta.num_active = 1;
   return cta;
+}
+
+// Elements of the rows before `row`: one multiplication, since neither factor is negative.
+__device__ __forceinline__ uint64_t ElementsBefore(uint32_t row, int32_t per_row) {
+  return uint64_t{row} * static_cast<uint32_t>(per_row);
 }
 
 // For functions that are not inlined. See KnownShared of a pointer.
@@ -121,10 +126,10 @@ __device__ __forceinline__ Cta KnownShared(Cta cta) {
 
 // Places the candidates where the row leaves room for them, see smem_layout.h.
 __device__ __forceinline__ void PlaceCandidates(Cta& cta, const TopKArgs& args, bool has_list) {
-  unsigned char* candidates = SharedMemory() + (has_list ? args.layout.a : args.layout.b);
+  unsigned char* candidates = has_list ? cta.tiles : cta.list;
   cta.gathered = reinterpret_cast<uint32_t*>(candidates);
   cta.own = candidates + args.layout.own;
-  cta.spare = SharedMemory() + (has_list ? args.layout.b : args.layout.a);
+  cta.spare = has_list ? cta.list : cta.tiles;
 }
 
 // Inclusive sum over the lanes of a warp.

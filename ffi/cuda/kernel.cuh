@@ -20,11 +20,12 @@
 // Where code lies matters, not in a chain of the same launches but in a decode step, in which other
 // kernels have driven the kernel's instructions out of the caches. With a launch the hardware
 // fetches the first 64 KB (as measured on an H200); every jump to what lies behind waits for
-// memory, 5 to 8 us for a row. So the paths of long rows come first, those of resident rows where
-// there are clusters and those of streams where there are none, and what few of them need is in
-// functions that are not inlined, which come last. (These take copies of what they are given: what
-// a pointer leads to would lie in local memory everywhere. See KnownShared.) What streams need for
-// plateaus is inlined all the same: those would take 2 to 5 % longer.
+// memory, 5 to 8 us for a row. So what ordinary rows need comes first: SelectWindow says in which
+// order, tests/code_layout.py whether the compiler did it. What few of them need comes behind, in
+// one of two ways. In functions that are not inlined, called last of all, so that nothing is kept
+// for after the call; they take copies of what they are given, since what a pointer leads to would
+// lie in local memory everywhere (see KnownShared). Or as an end of its own of a path, where a call
+// would take registers from a loop: CompleteStreamedRow.
 
 #ifndef JAX_TOPK_CUDA_KERNEL_CUH_
 #define JAX_TOPK_CUDA_KERNEL_CUH_
@@ -86,15 +87,15 @@ __device__ __forceinline__ CtaRange CtasThatSearch(const Cta& cta, const RowCoun
 
 // Steps 4 and 5 of a row of more than k elements, once the counts have proved the bracket. In: own
 // open keys complete in cta.own, ordered by a barrier.
-template <typename T, typename Source>
+template <typename T, bool kMayBeSingleKey, typename Source>
 __device__ __forceinline__ void FinishRow(Cta& cta, const TopKArgs& args, Source& source,
                                           const Bracket& bracket, const PartCounts& mine,
                                           const RowCounts& row, const RowOutput<T>& output) {
   const uint32_t k = static_cast<uint32_t>(args.k);
   const uint32_t rank = k - row.certain;
-  Selection selection{bracket.lowest, rank, row.certain_before, row.open_before, true, k};
-  if (!bracket.IsSingleKey()) {
-    selection.is_only_key = false;
+  const bool is_single_key = kMayBeSingleKey && bracket.IsSingleKey();
+  Selection selection{bracket.lowest, rank, row.certain_before, row.open_before, is_single_key, k};
+  if (!is_single_key) {
     const CtaRange ctas = CtasThatSearch(cta, row, output.is_sorted);
     if (Unlikely(cta.rank < ctas.first || cta.rank > ctas.last)) {
       if (cta.rank > ctas.last) selection.greater_before += rank;
@@ -210,57 +211,121 @@ __device__ __forceinline__ void SelectResidentRow(Cta& cta, const TopKArgs& args
                                LearnFromFailure<T>(bracket, row, k, window.length));
   }
   SyncThreads();  // open keys before their reads
-  FinishRow<T>(cta, args, source, bracket, counts, row, output);
+  FinishRow<T, true>(cta, args, source, bracket, counts, row, output);
 }
 
-// A row whose parts are streamed: elements at or above the bracket are kept in lists.
-template <typename T>
-__device__ __forceinline__ void SelectStreamedRow(Cta& cta, const TopKArgs& args,
-                                                  const RowWindow& window, Sample<T>& sample,
-                                                  const Part& part, const RowOutput<T>& output) {
-  StreamSource<T> source{window, part, MakeListPool(cta, args.layout), {}, {}, output.flip};
-  WarpPart warp = MakeWarpPart(cta, part);
-  StartStream<T>(cta, window, warp.part, args.num_stages);
-  PlaceCandidates(cta, args, /*has_list=*/true);
-  SyncThreads();  // the cleared histogram before the guess
-  source.bracket = GuessBracket<T>(cta, args, window, sample, output.flip);
-  const uint32_t k = static_cast<uint32_t>(args.k);
-  const uint32_t capacity = static_cast<uint32_t>(args.list_capacity);
+// What SelectStreamedRow knows of a row that it leaves undone.
+struct StreamRest {
+  Bracket bracket;
+  bool has_counts;    // against it
+  PartCounts counts;  // of the CTA
   RowCounts row;
-#pragma unroll 1
-  for (uint32_t attempt = 0;; ++attempt) {
-    FilterStream<T>(cta, window, source.pool, args.num_stages, source.bracket, output.flip, &warp);
-    if (cta.lane == 0) cta.header->warp_listed[cta.warp] = warp.num_listed;
-    source.counts = SumOverWarps(cta, CountStretch(warp, source.bracket));
-    SendCounts(cta, source.counts, attempt);
-    OrderChunks(cta, source.pool);
-    row = ReceiveCounts(cta, source.counts, attempt);
-    if (!Unlikely(!IsProved(source.bracket, row, k, capacity))) break;
-    // Beside a plateau: then all of it is open.
-    if (IsAllAboveKept(source.bracket, row, k, capacity)) {
-      source.bracket = Bracket{source.bracket.lowest + 1, T::kMaxKey};
-      const PartCounts record = ReceiveRecord(cta, source.counts, attempt);
-      row = SumRecords(cta, PartCounts{0, record.certain});
-      source.counts = PartCounts{0, source.counts.certain};
-      break;
-    }
-    if (attempt > 0) break;  // as above
-    SyncThreads();           // the lists' last reads before they are begun anew
-    source.bracket =
-        NarrowBracket<T>(cta, window, part, output.flip, k, capacity - k,
-                         LearnFromStream<T>(source.bracket, row, k, capacity, window.length));
-    warp = MakeWarpPart(cta, part);
-    StartStream<T>(cta, window, warp.part, args.num_stages);
-    if (cta.thread == 0) cta.header->num_chunks = 0;
-    SyncThreads();  // the reset before the next lists
-  }
+};
+
+// Counts what is kept of a row's stream against the bracket, and puts the lists in order. Ends
+// without a barrier.
+template <typename T>
+__device__ __forceinline__ RowCounts CountStream(Cta& cta, StreamSource<T>& source,
+                                                 const WarpPart& warp, uint32_t attempt) {
+  if (cta.lane == 0) cta.header->warp_listed[cta.warp] = warp.num_listed;
+  source.counts = SumOverWarps(cta, CountStretch(warp, source.bracket));
+  SendCounts(cta, source.counts, attempt);
+  OrderChunks(cta, source.pool);
+  return ReceiveCounts(cta, source.counts, attempt);
+}
+
+// Steps 4 and 5 of a streamed row, as FinishRow. `kMayBeSingleKey`: the bracket may be one.
+template <typename T, bool kMayBeSingleKey>
+__device__ __forceinline__ void FinishStreamedRow(Cta& cta, const TopKArgs& args,
+                                                  StreamSource<T>& source, const RowCounts& row,
+                                                  const RowOutput<T>& output) {
   SyncThreads();  // the order of the chunks before its reads
-  if (!source.bracket.IsSingleKey()) {
+  if (!kMayBeSingleKey || !source.bracket.IsSingleKey()) {
     CopyOpenKeys(cta, source.pool, source.bracket.highest);
     PadOpenKeys(cta, source.counts.open, PadToVector(source.counts.open));
     SyncThreads();  // own open keys before their reads
   }
-  FinishRow<T>(cta, args, source, source.bracket, source.counts, row, output);
+  FinishRow<T, kMayBeSingleKey>(cta, args, source, source.bracket, source.counts, row, output);
+}
+
+// A row whose parts are streamed: elements at or above the bracket are kept in lists. Returns
+// whether that is done: not if the guess is no bracket for plain comparisons, or counts refute it.
+// See CompleteStreamedRow.
+template <typename T>
+__device__ __forceinline__ bool SelectStreamedRow(Cta& cta, const TopKArgs& args,
+                                                  const RowWindow& window, Sample<T>& sample,
+                                                  const Part& part, const RowOutput<T>& output,
+                                                  StreamRest* rest) {
+  WarpPart warp = MakeWarpPart(cta, part);
+  StartStream<T>(cta, window, warp.part, args.num_stages);
+  PlaceCandidates(cta, args, /*has_list=*/true);
+  SyncThreads();  // the cleared histogram before the guess
+  StreamSource<T> source{window,
+                         part,
+                         MakeListPool(cta, args.layout),
+                         {},
+                         GuessBracket<T>(cta, args, window, sample, output.flip),
+                         output.flip};
+  RowCounts row{};
+  const bool is_plain = IsPlain<T>(source.bracket, output.flip);
+  if (!Unlikely(!is_plain)) {
+    FilterPlainStream<T>(cta, window, source.pool, args.num_stages, source.bracket, output.flip,
+                         &warp);
+    row = CountStream(cta, source, warp, 0);
+    if (!Unlikely(!IsProved(source.bracket, row, static_cast<uint32_t>(args.k),
+                            static_cast<uint32_t>(args.list_capacity)))) {
+      FinishStreamedRow<T, false>(cta, args, source, row, output);
+      return true;
+    }
+  }
+  *rest = StreamRest{source.bracket, is_plain, source.counts, row};
+  return false;
+}
+
+// Completes what SelectStreamedRow has left undone.
+template <typename T>
+__device__ __forceinline__ void CompleteStreamedRow(Cta& cta, const TopKArgs& args,
+                                                    const RowWindow& window, const Part& part,
+                                                    const StreamRest& rest,
+                                                    const RowOutput<T>& output) {
+  StreamSource<T> source{window,      part,         MakeListPool(cta, args.layout),
+                         rest.counts, rest.bracket, output.flip};
+  const uint32_t k = static_cast<uint32_t>(args.k);
+  const uint32_t capacity = static_cast<uint32_t>(args.list_capacity);
+  RowCounts row = rest.row;
+  WarpPart warp = MakeWarpPart(cta, part);  // of which the first tiles have been started
+  bool has_counts = rest.has_counts;
+#pragma unroll 1
+  for (uint32_t attempt = 0;;) {
+    if (has_counts) {
+      if (IsProved(source.bracket, row, k, capacity)) break;
+      // Beside a plateau: then all of it is open.
+      if (IsAllAboveKept(source.bracket, row, k, capacity)) {
+        source.bracket = Bracket{source.bracket.lowest + 1, T::kMaxKey};
+        const PartCounts record = ReceiveRecord(cta, source.counts, attempt);
+        row = SumRecords(cta, PartCounts{0, record.certain});
+        source.counts = PartCounts{0, source.counts.certain};
+        break;
+      }
+      // A narrowed bracket is right; if counts refute it all the same, the operand has changed
+      // meanwhile.
+      if (attempt > 0) break;
+      attempt = 1;
+      SyncThreads();  // the lists' last reads before they are begun anew
+      source.bracket =
+          NarrowBracket<T>(cta, window, part, output.flip, k, capacity - k,
+                           LearnFromStream<T>(source.bracket, row, k, capacity, window.length));
+      warp = MakeWarpPart(cta, part);
+      StartStream<T>(cta, window, warp.part, args.num_stages);
+      if (cta.thread == 0) cta.header->num_chunks = 0;
+      SyncThreads();  // the reset before the next lists
+    }
+    FilterAnyStream<T>(cta, window, source.pool, args.num_stages, source.bracket, output.flip,
+                       &warp);
+    row = CountStream(cta, source, warp, attempt);
+    has_counts = true;
+  }
+  FinishStreamedRow<T, true>(cta, args, source, row, output);
 }
 
 // Vectors of each CTA's part: the row in equal parts, but no part shorter than the plan wants.
@@ -272,6 +337,9 @@ __device__ __forceinline__ int32_t VectorsPerCta(const TopKArgs& args, int32_t n
 }
 
 // Selects from a row that is not copied. Returns what this CTA has to sort if the output is sorted.
+// In the order of the code: rows of few turns; without clusters, of a middle number of turns; with
+// clusters, resident rows; streams; all others. What is asked first costs those that are asked
+// later up to 0.05 us.
 template <typename T, bool kHasClusters>
 __device__ __forceinline__ Unsorted SelectWindow(Cta& cta, const TopKArgs& args,
                                                  const RowWindow& window,
@@ -279,19 +347,28 @@ __device__ __forceinline__ Unsorted SelectWindow(Cta& cta, const TopKArgs& args,
   const bool is_forced_short =
       args.path == static_cast<int>(Path::kShort) || window.length <= args.k;
   const int32_t short_vectors = kThreads * (args.uses_large_tile ? kLargeTurns<T> : kMostTurns<T>);
-  // `Unlikely` puts their code behind that of longer rows.
-  if (Unlikely((args.path == static_cast<int>(Path::kAuto) || is_forced_short) &&
-               window.num_vectors <= short_vectors)) {
+  const bool is_short = (args.path == static_cast<int>(Path::kAuto) || is_forced_short) &&
+                        window.num_vectors <= short_vectors;
+  const auto has_turns = [&](int turns) {
+    return is_short && window.num_vectors <= kThreads * turns;
+  };
+  if (AsItIs(has_turns(kFewTurns<T>))) {
     if (cta.rank != 0) return Unsorted::kNothing;
-    if (window.num_vectors <= kThreads * kFewTurns<T>) {
-      SelectShortRow<T, kFewTurns<T>>(cta, args, window, output);
-    } else if (window.num_vectors > kThreads * kMostTurns<T>) {
+    SelectShortRow<T, kFewTurns<T>>(cta, args, window, output);
+    return Unsorted::kPositions;
+  }
+  const bool is_middle = has_turns(kMiddleTurns<T>);
+  if (kHasClusters ? Unlikely(is_middle) : AsItIs(is_middle)) {
+    if (cta.rank != 0) return Unsorted::kNothing;
+    SelectShortRow<T, kMiddleTurns<T>>(cta, args, window, output);
+    return Unsorted::kPositions;
+  }
+  if (Unlikely(is_short)) {
+    if (cta.rank != 0) return Unsorted::kNothing;
+    if (kMiddleTurns<T> == kMostTurns<T> || window.num_vectors > kThreads * kMostTurns<T>) {
       SelectShortRow<T, kLargeTurns<T>>(cta, args, window, output);
-    } else if (kMiddleTurns<T> == kMostTurns<T> ||
-               window.num_vectors > kThreads * kMiddleTurns<T>) {
-      SelectShortRow<T, kMostTurns<T>>(cta, args, window, output);
     } else {
-      SelectShortRow<T, kMiddleTurns<T>>(cta, args, window, output);
+      SelectShortRow<T, kMostTurns<T>>(cta, args, window, output);
     }
     return Unsorted::kPositions;
   }
@@ -315,7 +392,10 @@ __device__ __forceinline__ Unsorted SelectWindow(Cta& cta, const TopKArgs& args,
                            (args.num_stages > 1 && each <= kThreads * kMaxRunVectors<T>);
   // Where each row has one CTA, short rows take a large tile, and resident ones are rare.
   if (kHasClusters ? Unlikely(!is_resident) : !is_resident) {
-    SelectStreamedRow<T>(cta, args, window, sample, part, output);
+    StreamRest rest;
+    if (!SelectStreamedRow<T>(cta, args, window, sample, part, output, &rest)) {
+      CompleteStreamedRow(cta, args, window, part, rest, output);
+    }
   } else {
     SelectResidentRow<T>(cta, args, window, sample, part, VectorsPerThread<T>(each), output);
   }
@@ -330,18 +410,20 @@ __device__ __forceinline__ void SelectRow(const TopKArgs& args) {
   constexpr bool kIsSorted = kPairTurns > 0;
   AllowNextKernel();
   // What needs no global memory comes before the wait.
-  const int64_t row = RowIndex();
+  const uint32_t row = RowIndex();
   Cta cta = MakeCta(args, kHasClusters ? ClusterRank() : 0);
   InitHeader(cta);
   if (kHasClusters) JoinCluster(cta);
   const unsigned char* row_begin =
-      static_cast<const unsigned char*>(args.operand) + row * args.width * T::kBytes;
+      static_cast<const unsigned char*>(args.operand) + ElementsBefore(row, args.width) * T::kBytes;
   RowOutput<T> output(args, row, T::SignFlip(args.is_smallest), kIsSorted);
   ComputeHere(row_begin);
   ComputeHere(output.indices);
-  WaitForKernelsBefore();
-  const int32_t raw_start = LoadWord(args.starts + row);
-  const int32_t raw_length = LoadWord(args.lengths + row);
+  const int32_t* start_at = args.starts + row;
+  const int32_t* length_at = args.lengths + row;
+  WaitForKernelsBefore(start_at, length_at);
+  const int32_t raw_start = LoadWord(start_at);
+  const int32_t raw_length = LoadWord(length_at);
   // While the length is on its way: where kernels do not overlap, whatever comes before its load
   // delays the row.
   ClearBins(cta);
@@ -349,9 +431,8 @@ __device__ __forceinline__ void SelectRow(const TopKArgs& args) {
   // others would go on too early.
   if (kHasClusters) ClusterWait();
   // Clamped to the row: any int32 is legal.
-  const int32_t width = static_cast<int32_t>(args.width);
-  const int32_t start = min(max(raw_start, 0), width);
-  const int32_t length = min(max(raw_length, 0), width - start);
+  const int32_t start = min(max(raw_start, 0), args.width);
+  const int32_t length = min(max(raw_length, 0), args.width - start);
   const bool is_copy = length <= args.k && !kIsSorted;
   if (is_copy) {
     if (cta.rank != 0) return;
@@ -360,7 +441,7 @@ __device__ __forceinline__ void SelectRow(const TopKArgs& args) {
   }
   const RowWindow window = args.are_rows_aligned && start == 0
                                ? MakeAlignedWindow<T>(row_begin, length)
-                               : MakeWindow<T>(args, row, start, length);
+                               : MakeWindow<T>(args, row_begin, start, length);
   if (Unlikely(is_copy)) {
     CopyValues(window, output);
     return;

@@ -169,13 +169,13 @@ std::string GetDeviceLimits(int device, DeviceLimits* limits) {
 }
 
 std::string LaunchTopK(const Problem& problem, bool is_smallest, std::string_view overrides,
-                       const TopKBuffers& buffers, cudaStream_t stream) {
+                       const TopKBuffers& buffers, bool may_overlap, cudaStream_t stream) {
   if (problem.rows > kMaxRowsPerLaunch && problem.k > 0) {
     for (int64_t row = 0; row < problem.rows; row += kMaxRowsPerLaunch) {
       Problem part = problem;
       part.rows = std::min(kMaxRowsPerLaunch, problem.rows - row);
-      const std::string error =
-          LaunchTopK(part, is_smallest, overrides, RowsFrom(problem, buffers, row), stream);
+      const std::string error = LaunchTopK(part, is_smallest, overrides,
+                                           RowsFrom(problem, buffers, row), may_overlap, stream);
       if (!error.empty()) return error;
     }
     return "";
@@ -196,10 +196,10 @@ std::string LaunchTopK(const Problem& problem, bool is_smallest, std::string_vie
 
   const TopKArgs args = MakeArgs(problem, plan, is_smallest, buffers);
 
-  // Launches that overlap came with clusters.
-  const bool may_overlap = limits.max_cluster_size > 1;
   LaunchAttributes attributes;
-  const cudaLaunchConfig_t config = MakeConfig(plan, may_overlap, stream, &attributes);
+  // Launches that overlap came with clusters.
+  const cudaLaunchConfig_t config =
+      MakeConfig(plan, may_overlap && limits.max_cluster_size > 1, stream, &attributes);
   error = cudaLaunchKernelEx(&config, FindKernel(problem, plan), args);
   if (error != cudaSuccess) return Describe("launching the top-k kernel", error);
   return "";

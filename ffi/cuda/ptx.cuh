@@ -139,6 +139,12 @@ __device__ __forceinline__ Word UseHere(Word word) {
   return word;
 }
 
+// A condition that the compiler takes as it is, and the code behind it in the order of the source.
+// Otherwise it combines it with others, and code lies where it may.
+__device__ __forceinline__ bool AsItIs(bool condition) {
+  return UseHere(static_cast<uint32_t>(condition)) != 0;
+}
+
 // count + (a + b does not fit a word): two instructions.
 __device__ __forceinline__ uint32_t CountCarry(uint32_t count, uint32_t a, uint32_t b) {
   asm("{\n\t.reg .u32 sum;\n\tadd.cc.u32 sum, %1, %2;\n\taddc.u32 %0, %0, 0;\n\t}"
@@ -301,10 +307,16 @@ __device__ __forceinline__ void AllowNextKernel() {
 #endif
 }
 // Waits until the kernels before this one in the stream are complete, and sees what they wrote.
-// Precedes every access to global memory.
-__device__ __forceinline__ void WaitForKernelsBefore() {
+// Precedes every access to global memory. The two addresses are computed before: the assembler
+// would move that behind the wait, if the wait did not depend on them. It always takes place, since
+// addresses of words are multiples of four.
+__device__ __forceinline__ void WaitForKernelsBefore(const int32_t* first, const int32_t* second) {
 #if JAX_TOPK_HAS_CLUSTERS
-  asm volatile("griddepcontrol.wait;" ::: "memory");
+  asm volatile(
+      "{\n\t.reg .pred p;\n\tsetp.ne.u32 p, %0, 0xffffffff;\n\t@p griddepcontrol.wait;\n\t}" ::"r"(
+          static_cast<uint32_t>(reinterpret_cast<uintptr_t>(first) |
+                                reinterpret_cast<uintptr_t>(second)))
+      : "memory");
 #endif
 }
 

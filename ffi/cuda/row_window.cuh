@@ -25,15 +25,15 @@ struct RowWindow {
   bool leaves_operand;  // some vector reaches outside [begin, end)
 };
 
-// The window [start, start + length) of a row. `start` and `length` are clamped.
+// The window [start, start + length) of the row at `row`. `start` and `length` are clamped.
 template <typename T>
-__device__ __forceinline__ RowWindow MakeWindow(const TopKArgs& args, int64_t row, int32_t start,
-                                                int32_t length) {
+__device__ __forceinline__ RowWindow MakeWindow(const TopKArgs& args, const unsigned char* row,
+                                                int32_t start, int32_t length) {
   RowWindow window;
   window.length = length;
   window.begin = static_cast<const unsigned char*>(args.operand);
   window.end = window.begin + args.operand_bytes;
-  const unsigned char* first = window.begin + (row * args.width + start) * T::kBytes;
+  const unsigned char* first = row + int64_t{start} * T::kBytes;
   const uint32_t misaligned =
       static_cast<uint32_t>(reinterpret_cast<uintptr_t>(first)) % kVectorBytes;
   window.vectors = first - misaligned;

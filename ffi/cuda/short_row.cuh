@@ -68,9 +68,38 @@ struct TurnMasks {
   TurnBits<T, kTurns> open;     // inside it
 };
 
+// A thread's elements in shared memory, complete after ShortTile::Settle. Whatever looks at few of
+// them by number needs no more, nor what is not inlined.
+template <typename T>
+struct StoredTile {
+  uint4* slots;      // the thread's vector of turn 0; a turn is kThreads vectors
+  int32_t position;  // of element 0, within the window; negative before its start
+  int32_t length;    // of the window
+  uint32_t flip;
+
+  __device__ __forceinline__ uint4 Vector(int turn) const {
+    return LoadShared(slots + turn * kThreads);
+  }
+  // By number, without a sign so that divisions are shifts.
+  __device__ __forceinline__ int32_t Position(uint32_t i) const {
+    return position +
+           static_cast<int32_t>(i / T::kPerVector * (kThreads * T::kPerVector) + i % T::kPerVector);
+  }
+  __device__ __forceinline__ uint32_t Key(uint32_t i) const {
+    const uint4* vector = slots + i / T::kPerVector * kThreads;
+    if constexpr (T::kBytes == 4) {
+      return T::Key(reinterpret_cast<const uint32_t*>(vector)[i % T::kPerVector], flip);
+    } else {
+      return T::Key(reinterpret_cast<const uint16_t*>(vector)[i % T::kPerVector], flip);
+    }
+  }
+};
+
 // A thread's elements of the row.
 template <typename T, int kTurns>
-struct ShortTile {
+struct ShortTile : StoredTile<T> {
+  using StoredTile<T>::slots;
+  using StoredTile<T>::flip;
   static constexpr int kMaxHeld = T::kPerVector == 4 ? 7 : 4;
   static constexpr int kHeldTurns = kTurns < kMaxHeld ? kTurns : kMaxHeld;  // in registers as well
   // Turns that every row fills for which a smaller tile would not do.
@@ -80,17 +109,11 @@ struct ShortTile {
                                                                : 0;
 
   uint4 vectors[kHeldTurns];
-  uint4* slots;      // in shared memory: the thread's vector of turn 0; a turn is kThreads vectors
-  int32_t position;  // of element 0, within the window; negative before its start
-  int32_t length;    // of the window
-  uint32_t flip;
 
   // Starts loading the row.
   __device__ __forceinline__ ShortTile(const Cta& cta, const RowWindow& window, uint32_t sign_flip)
-      : slots(reinterpret_cast<uint4*>(cta.tiles) + cta.thread),
-        position(cta.thread * T::kPerVector - window.skew),
-        length(window.length),
-        flip(sign_flip) {
+      : StoredTile<T>{reinterpret_cast<uint4*>(cta.tiles) + cta.thread,
+                      cta.thread * T::kPerVector - window.skew, window.length, sign_flip} {
     if (Unlikely(window.leaves_operand)) {
       CopyAtEdge<T>(window, cta.thread, window.num_vectors, kThreads,
                     cta.tiles + cta.thread * kVectorBytes, kThreads);
@@ -150,22 +173,7 @@ struct ShortTile {
 
   // The vector of a turn.
   __device__ __forceinline__ uint4 Vector(int turn) const {
-    return turn < kHeldTurns ? vectors[turn < kHeldTurns ? turn : 0]
-                             : LoadShared(slots + turn * kThreads);
-  }
-
-  // By number, without a sign so that divisions are shifts.
-  __device__ __forceinline__ int32_t Position(uint32_t i) const {
-    return position +
-           static_cast<int32_t>(i / T::kPerVector * (kThreads * T::kPerVector) + i % T::kPerVector);
-  }
-  __device__ __forceinline__ uint32_t Key(uint32_t i) const {
-    const uint4* vector = slots + i / T::kPerVector * kThreads;
-    if constexpr (T::kBytes == 4) {
-      return T::Key(reinterpret_cast<const uint32_t*>(vector)[i % T::kPerVector], flip);
-    } else {
-      return T::Key(reinterpret_cast<const uint16_t*>(vector)[i % T::kPerVector], flip);
-    }
+    return turn < kHeldTurns ? vectors[turn < kHeldTurns ? turn : 0] : StoredTile<T>::Vector(turn);
   }
 
  private:
@@ -274,7 +282,7 @@ __device__ __forceinline__ TurnBits<T, kTurns> ValidElements(int32_t position, i
 // outside the bracket. In: the histogram is zero, the header's second range is the greatest words,
 // ordered by a barrier. One barrier.
 template <typename T, int kTurns>
-__device__ __forceinline__ Bracket CountInside(const Cta& cta, const ShortTile<T, kTurns>& tile,
+__device__ __forceinline__ Bracket CountInside(const Cta& cta, const StoredTile<T>& tile,
                                                const Bracket& bracket, const LinearBins& bins,
                                                BinsOfTile<T, kTurns>* of_tile) {
   const uint32_t mask = KeyTest<T>(bracket.highest, tile.flip).mask;
@@ -293,9 +301,7 @@ __device__ __forceinline__ Bracket CountInside(const Cta& cta, const ShortTile<T
   };
 #pragma unroll
   for (int turn = 0; turn < kTurns; ++turn) {
-    // Of few turns the registers can be had; of more they are wanted for other things.
-    const uint4 vector =
-        kTurns <= kFewTurns<T> ? tile.Vector(turn) : LoadShared(tile.slots + turn * kThreads);
+    const uint4 vector = tile.Vector(turn);
 #pragma unroll
     for (int i = 0; i < T::kPerVector; i += 2) {
       const uint32_t first = count(T::Element(vector, i));
@@ -321,7 +327,7 @@ __device__ __forceinline__ Bracket BinItself(uint32_t bin) { return Bracket{bin,
 // until it holds no more or is a single key. `masks`: where the elements stand against it. In: as
 // CountInside.
 template <typename T, int kTurns>
-__device__ __forceinline__ Estimate NarrowCrowded(const Cta& cta, const ShortTile<T, kTurns>& tile,
+__device__ __forceinline__ Estimate NarrowCrowded(const Cta& cta, const StoredTile<T>& tile,
                                                   Estimate estimate, uint32_t rank,
                                                   uint32_t open_limit,
                                                   TurnMasks<T, kTurns>* masks) {
@@ -457,7 +463,7 @@ struct ShortSelection {
 // The selected elements of a thread, with those of the ties that are.
 template <typename T, int kTurns>
 __device__ __forceinline__ TurnBits<T, kTurns> AddFirstTies(
-    const Cta& cta, const ShortTile<T, kTurns>& tile, const ShortSelection<T, kTurns>& selection) {
+    const Cta& cta, const StoredTile<T>& tile, const ShortSelection<T, kTurns>& selection) {
   TurnBits<T, kTurns> bits = selection.selected, ties = selection.ties;
   if (Unlikely(selection.tied_key == 0)) {  // which is also the key of what is not in the window
     const auto valid = ValidElements<T, kTurns>(tile.position, tile.length);
@@ -477,31 +483,29 @@ __device__ __forceinline__ TurnBits<T, kTurns> AddFirstTies(
   return bits;
 }
 
-// Writes the selected elements, `count` in all. Of a sorted row, puts their positions where
-// SortAndStore takes them from.
+// Writes the selected elements. Of a sorted row, puts their positions where SortAndStore takes them
+// from.
 template <typename T, int kTurns>
-__device__ __forceinline__ void WriteShortRow(Cta& cta, const ShortTile<T, kTurns>& tile,
-                                              const ShortSelection<T, kTurns>& selection,
-                                              int32_t count, int32_t skew,
+__device__ __forceinline__ void WriteShortRow(const Cta& cta, const StoredTile<T>& tile,
+                                              const TurnBits<T, kTurns>& selected,
                                               const RowOutput<T>& output) {
-  TurnBits<T, kTurns> bits = selection.selected;
-  if (Unlikely(selection.num_ties != 0)) bits = AddFirstTies(cta, tile, selection);
-  const TurnPlaces<T, kTurns> places(cta, bits, 0);
+  const TurnPlaces<T, kTurns> places(cta, selected, 0);
   int32_t* positions = reinterpret_cast<int32_t*>(cta.own);
 #pragma unroll
   for (int turn = 0; turn < kTurns; ++turn) {
     SharedCursor cursor(positions + places.of[turn]);
 #pragma unroll
     for (int i = turn * T::kPerVector; i < (turn + 1) * T::kPerVector; ++i) {
-      cursor.AppendIf(bits.words[i / 32] & 1u << i % 32, tile.Position(i));
+      cursor.AppendIf(selected.words[i / 32] & 1u << i % 32, tile.Position(i));
     }
   }
   if (output.is_sorted) return;
   SyncThreads();  // the staged output before its reads
-  StoreIndices(positions, output.indices, count);
+  StoreIndices(positions, output.indices, output.k);
   if (!Unlikely(output.values != nullptr)) return;
+  const int32_t skew = cta.thread * T::kPerVector - tile.position;
 #pragma unroll 1
-  for (int32_t i = cta.thread; i < count; i += kThreads) {
+  for (int32_t i = cta.thread; i < output.k; i += kThreads) {
     output.StoreBits(i, ElementInTile<T>(cta, positions[i] + skew));
   }
 }
@@ -581,8 +585,7 @@ constexpr uint32_t kMaxSpread = T::kBits == 32 ? 5 * kSpreadBins : 1024;
 // Finds the key of a rank (1-based) among the open elements of an even bin of a 16-bit type, by
 // counting each of its keys. In: the histogram is zero, ordered by a barrier. One barrier.
 template <typename T, int kTurns>
-__device__ __forceinline__ DirectPivot RankByCounting(const Cta& cta,
-                                                      const ShortTile<T, kTurns>& tile,
+__device__ __forceinline__ DirectPivot RankByCounting(const Cta& cta, const StoredTile<T>& tile,
                                                       const TurnBits<T, kTurns>& open,
                                                       uint32_t coarse_bin, uint32_t rank) {
   static_assert(T::kKeysPerStep <= 32, "a key for each lane");
@@ -607,7 +610,7 @@ __device__ __forceinline__ DirectPivot RankByCounting(const Cta& cta,
 // The same of float32, by bins of their own, which keep their keys. Returns whether the rank's bin
 // had room for all of its own. In: the histogram is zero, ordered by a barrier. Two barriers.
 template <typename T, int kTurns>
-__device__ __forceinline__ bool RankBySpreading(const Cta& cta, const ShortTile<T, kTurns>& tile,
+__device__ __forceinline__ bool RankBySpreading(const Cta& cta, const StoredTile<T>& tile,
                                                 const TurnBits<T, kTurns>& open, uint32_t rank,
                                                 DirectPivot* pivot) {
   static_assert(kSpreadBins == 4 * 32, "a vector of bins for each lane");
@@ -673,82 +676,52 @@ __device__ __forceinline__ bool RankBySpreading(const Cta& cta, const ShortTile<
   return found.w != 0;
 }
 
-// What is selected of a row of more than k elements.
+// Collects the open elements, of which none is the lowest key: too many elements are not selected,
+// and not above so few open ones. With their positions if they are ranked by their threads. One
+// barrier.
 template <typename T, int kTurns>
-__device__ __forceinline__ ShortSelection<T, kTurns> SelectElements(
-    Cta& cta, const TopKArgs& args, const ShortTile<T, kTurns>& tile) {
-  const uint32_t k = static_cast<uint32_t>(args.k);
-  const BinsOfTile<T, kTurns> bins = CountAll(cta, tile);
-  SyncThreads();  // counts before the search
-  Estimate estimate = FindRank<false>(cta, k, BinItself);
-  const uint32_t bin = estimate.bracket.lowest;
-  TurnMasks<T, kTurns> masks = bins.MasksOf(4 * bin, 4 * bin + 4);
-  const uint32_t capacity = static_cast<uint32_t>(args.list_capacity);
-  ShortSelection<T, kTurns> selection{masks.certain, {}, 0, 0};
-  DirectPivot pivot;
-  const bool is_spread = IsEvenBin(bin) && estimate.inside > kMaxByOwner &&
-                         estimate.inside <= min(kMaxSpread<T>, capacity);
-  bool has_pivot = false;
-  if (is_spread) {
-    if constexpr (T::kBits == 32) {
-      has_pivot = RankBySpreading(cta, tile, masks.open, k - estimate.above, &pivot);
-    } else {
-      pivot = RankByCounting(cta, tile, masks.open, bin, k - estimate.above);
-      has_pivot = true;
+__device__ __forceinline__ void CollectOpen(const Cta& cta, const StoredTile<T>& tile,
+                                            const TurnBits<T, kTurns>& open, uint32_t count,
+                                            bool is_by_owner) {
+  static_assert(kThreads * kFewTurns<T> * T::kPerVector - kMaxK > kMaxDirect, "of any tile");
+  uint32_t* own = reinterpret_cast<uint32_t*>(cta.own);
+  PadOpenKeys(cta, count, is_by_owner ? uint32_t{kMaxByOwner} : PadToChunk(count));
+  uint32_t* positions = own + kMaxByOwner;
+  VisitOpen(open, [&](int, uint32_t, int element) {
+    const uint32_t place = FetchAndAdd(&cta.header->num_own, 1u);
+    own[place] = tile.Key(element);
+    if (is_by_owner) positions[place] = static_cast<uint32_t>(tile.Position(element));
+  });
+  SyncThreads();  // the open keys before their reads
+}
+
+// Adds the `rank` first of `count` open elements, at most kMaxByOwner: each thread asks for its
+// own.
+template <typename T, int kTurns>
+__device__ __forceinline__ void AddByOwner(const Cta& cta, const StoredTile<T>& tile,
+                                           const TurnBits<T, kTurns>& open, uint32_t count,
+                                           uint32_t rank, TurnBits<T, kTurns>* selected) {
+  CollectOpen(cta, tile, open, count, /*is_by_owner=*/true);
+  const uint32_t* own = reinterpret_cast<const uint32_t*>(cta.own);
+  VisitOpen(open, [&](int word, uint32_t bit, int element) {
+    if (IsAmongFirst(own, own + kMaxByOwner, count, tile.Key(element),
+                     static_cast<uint32_t>(tile.Position(element)), rank)) {
+      selected->words[word] |= bit;
     }
-  }
-  if (!has_pivot) {
-    const uint32_t open_limit = min(uint32_t{kMaxDirect}, capacity);
-    if (Unlikely(estimate.inside > open_limit)) {
-      if (is_spread) {
-        ClearBins(cta);
-        SyncThreads();  // the cleared histogram before its use
-      }
-      estimate.bracket = CoarseKeys<T>(bin);
-      estimate = NarrowCrowded(cta, tile, estimate, k, open_limit, &masks);
-      selection.selected = masks.certain;
-      if (Unlikely(estimate.bracket.IsSingleKey())) {
-        const uint32_t rank = k - estimate.above;
-        if (estimate.inside > rank) {
-          selection.ties = masks.open;
-          selection.num_ties = rank;
-          selection.tied_key = estimate.bracket.lowest;
-        } else {
-          selection.selected.Add(masks.open);
-        }
-        return selection;
-      }
-    }
-    const uint32_t rank = k - estimate.above;
-    uint32_t* own = reinterpret_cast<uint32_t*>(cta.own);
-    // None is the lowest key: too many elements are not selected, and not above so few open ones.
-    static_assert(kThreads * kFewTurns<T> * T::kPerVector - kMaxK > kMaxDirect, "of any tile");
-    const bool is_by_owner = estimate.inside <= kMaxByOwner;
-    PadOpenKeys(cta, estimate.inside,
-                is_by_owner ? uint32_t{kMaxByOwner} : PadToChunk(estimate.inside));
-    uint32_t* positions = own + kMaxByOwner;
-    VisitOpen(masks.open, [&](int, uint32_t, int element) {
-      const uint32_t place = FetchAndAdd(&cta.header->num_own, 1u);
-      own[place] = tile.Key(element);
-      if (is_by_owner) positions[place] = static_cast<uint32_t>(tile.Position(element));
-    });
-    SyncThreads();  // the open keys before their reads
-    if (is_by_owner) {
-      VisitOpen(masks.open, [&](int word, uint32_t bit, int element) {
-        if (IsAmongFirst(own, positions, estimate.inside, tile.Key(element),
-                         static_cast<uint32_t>(tile.Position(element)), rank)) {
-          selection.selected.words[word] |= bit;
-        }
-      });
-      SyncWarp();  // after loops of different lengths
-      return selection;
-    }
-    pivot = RankDirectly(cta, own, PadToChunk(estimate.inside), rank);
-  }
+  });
+  SyncWarp();  // after loops of different lengths
+}
+
+// Adds the open elements above a pivot, and those that have its key if all of these are selected.
+template <typename T, int kTurns>
+__device__ __forceinline__ void AddByPivot(const StoredTile<T>& tile,
+                                           const TurnBits<T, kTurns>& open,
+                                           const DirectPivot& pivot,
+                                           ShortSelection<T, kTurns>* selection) {
   const bool drops_ties = pivot.num_equal > pivot.num_ties;
-  if (Unlikely(drops_ties)) selection.num_ties = pivot.num_ties;
-  selection.tied_key = pivot.key;
-  VisitOpenPairs(masks.open, [&](const OpenPair& pair) {
+  if (Unlikely(drops_ties)) selection->num_ties = pivot.num_ties;
+  selection->tied_key = pivot.key;
+  VisitOpenPairs(open, [&](const OpenPair& pair) {
     uint32_t key[2];
 #pragma unroll
     for (int i = 0; i < 2; ++i) key[i] = tile.Key(pair.elements[i]);
@@ -757,13 +730,59 @@ __device__ __forceinline__ ShortSelection<T, kTurns> SelectElements(
       const uint32_t bit = pair.bits[i];
       const uint32_t word = pair.words[i];
       if (key[i] > pivot.key || (key[i] == pivot.key && !drops_ties)) {
-        selection.selected.words[word] |= bit;
+        selection->selected.words[word] |= bit;
       }
-      if (key[i] == pivot.key) selection.ties.words[word] |= bit;
+      if (key[i] == pivot.key) selection->ties.words[word] |= bit;
     }
   });
   SyncWarp();  // after loops of different lengths
+}
+
+// What is selected where the bin of the k-th element is too crowded to rank its elements, or not
+// even. `estimate`: the bracket that is this bin; `masks`: where the elements stand against it. In:
+// as CountInside.
+template <typename T, int kTurns>
+__device__ __forceinline__ ShortSelection<T, kTurns> SelectCrowded(const Cta& cta,
+                                                                   const StoredTile<T>& tile,
+                                                                   Estimate estimate,
+                                                                   TurnMasks<T, kTurns> masks,
+                                                                   uint32_t k, uint32_t capacity) {
+  estimate = NarrowCrowded(cta, tile, estimate, k, min(uint32_t{kMaxDirect}, capacity), &masks);
+  const uint32_t rank = k - estimate.above;
+  ShortSelection<T, kTurns> selection{masks.certain, {}, 0, 0};
+  if (Unlikely(estimate.bracket.IsSingleKey())) {
+    if (estimate.inside > rank) {
+      return ShortSelection<T, kTurns>{masks.certain, masks.open, rank, estimate.bracket.lowest};
+    }
+    selection.selected.Add(masks.open);
+  } else if (estimate.inside <= kMaxByOwner) {
+    AddByOwner(cta, tile, masks.open, estimate.inside, rank, &selection.selected);
+  } else {
+    CollectOpen(cta, tile, masks.open, estimate.inside, /*is_by_owner=*/false);
+    const uint32_t* own = reinterpret_cast<const uint32_t*>(cta.own);
+    AddByPivot(tile, masks.open, RankDirectly(cta, own, PadToChunk(estimate.inside), rank),
+               &selection);
+  }
   return selection;
+}
+
+// Selects as SelectCrowded, unless `selection` has ties already, and writes the row. Not inlined,
+// see kernel.cuh; the last that a CTA does for a row.
+template <typename T, int kTurns>
+__device__ __noinline__ void FinishRareRow(Cta cta, StoredTile<T> tile,
+                                           ShortSelection<T, kTurns> selection, Estimate estimate,
+                                           TurnMasks<T, kTurns> masks, uint32_t capacity,
+                                           RowOutput<T> output) {
+  cta = KnownShared(cta);
+  tile.slots = KnownShared(tile.slots);
+  if (selection.num_ties == 0) {
+    selection =
+        SelectCrowded(cta, tile, estimate, masks, static_cast<uint32_t>(output.k), capacity);
+  }
+  if (Unlikely(selection.num_ties != 0)) {
+    selection.selected = AddFirstTies(cta, tile, selection);
+  }
+  WriteShortRow(cta, tile, selection.selected, output);
 }
 
 // Selects from a row that a tile of kTurns turns holds.
@@ -776,14 +795,49 @@ __device__ __forceinline__ void SelectShortRow(Cta& cta, const TopKArgs& args,
   if (kTurns > kMostTurns<T>) cta.own = cta.tiles + kLargeTileBytes;
   SyncThreads();  // the cleared histogram before its use
   tile.Settle(cta, window);
-  const bool selects_all = window.length <= args.k;
-  ShortSelection<T, kTurns> selection;
-  if (Unlikely(selects_all)) {
-    selection = {ValidElements<T, kTurns>(tile.position, tile.length), {}, 0, 0};
-  } else {
-    selection = SelectElements(cta, args, tile);
+  if (output.is_sorted && Unlikely(window.length <= args.k)) {  // others are copied
+    WriteShortRow(cta, tile, ValidElements<T, kTurns>(tile.position, tile.length), output);
+    return;
   }
-  WriteShortRow(cta, tile, selection, min(window.length, args.k), window.skew, output);
+  const uint32_t k = static_cast<uint32_t>(args.k);
+  const BinsOfTile<T, kTurns> bins = CountAll(cta, tile);
+  SyncThreads();  // counts before the search
+  Estimate estimate = FindRank<false>(cta, k, BinItself);
+  const uint32_t bin = estimate.bracket.lowest;
+  const TurnMasks<T, kTurns> masks = bins.MasksOf(4 * bin, 4 * bin + 4);
+  const uint32_t capacity = static_cast<uint32_t>(args.list_capacity);
+  const uint32_t rank = k - estimate.above;
+  ShortSelection<T, kTurns> selection{masks.certain, {}, 0, 0};
+  if (estimate.inside <= min(uint32_t{kMaxByOwner}, capacity)) {
+    AddByOwner(cta, tile, masks.open, estimate.inside, rank, &selection.selected);
+  } else {
+    DirectPivot pivot;
+    bool has_pivot = false;
+    if (IsEvenBin(bin) && estimate.inside <= min(kMaxSpread<T>, capacity)) {
+      if constexpr (T::kBits == 32) {
+        has_pivot = RankBySpreading<T, kTurns>(cta, tile, masks.open, rank, &pivot);
+        if (!has_pivot) {
+          ClearBins(cta);
+          SyncThreads();  // the cleared histogram before its use
+        }
+      } else {
+        pivot = RankByCounting<T, kTurns>(cta, tile, masks.open, bin, rank);
+        has_pivot = true;
+      }
+    }
+    if (has_pivot) AddByPivot(tile, masks.open, pivot, &selection);
+    // Ties are common among values of 16 bits.
+    constexpr bool kAreTiesRare = T::kBits == 32;
+    if (Unlikely(!has_pivot || (kAreTiesRare && selection.num_ties != 0))) {
+      estimate.bracket = CoarseKeys<T>(bin);
+      FinishRareRow<T, kTurns>(cta, tile, selection, estimate, masks, capacity, output);
+      return;
+    }
+    if (!kAreTiesRare && selection.num_ties != 0) {
+      selection.selected = AddFirstTies(cta, tile, selection);
+    }
+  }
+  WriteShortRow(cta, tile, selection.selected, output);
 }
 
 }  // namespace jax_topk

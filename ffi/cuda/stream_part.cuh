@@ -134,9 +134,9 @@ __device__ __forceinline__ uint32_t TakeChunks(const Cta& cta, const ListPool& p
 }
 
 // How elements are compared with the bracket's lower end; see SignedTest. Plainly if the largest
-// are wanted and the end is positive, since then so is all that is kept, and if the bracket is not
-// a single key.
-enum class Comparison { kPlain, kGeneral };
+// are wanted and the end is positive: then so is all that is kept. The ties of a plateau are not
+// kept.
+enum class Comparison { kPlain, kPlainPlateau, kGeneral };
 
 // A warp's tile of which more elements than this are kept is taken by vectors, not by elements.
 constexpr uint32_t kDenseTile = 160;
@@ -162,7 +162,7 @@ __device__ __forceinline__ void AppendRuns(const Cta& cta, const ListPool& pool,
   const uint32_t new_shift = (taken - had) * kChunkEntries;
   uint32_t place = warp->num_listed + inclusive - count;
   const auto key_of = [&](uint32_t bits) {
-    return kComparison == Comparison::kPlain ? bits | T::kSign : T::Key(bits, flip);
+    return kComparison == Comparison::kGeneral ? T::Key(bits, flip) : bits | T::kSign;
   };
   const auto entry_of = [&](uint32_t at) {
     return at + (at < had * kChunkEntries ? old_shift : new_shift);
@@ -210,8 +210,9 @@ __device__ __forceinline__ void FilterWarpTile(const Cta& cta, const RowWindow& 
   const Run run = MakeRun<T>(cta.lane, window, first, warp->part.last, T::kMaxVectors,
                              /*is_spaced=*/false, tile);
   const SignedTest<T> test(bracket.lowest, flip);
-  uint32_t kept = test.template AtLeast<kComparison != Comparison::kPlain>(run);
-  if (kComparison != Comparison::kPlain && bracket.IsSingleKey()) {
+  uint32_t kept = test.template AtLeast<kComparison == Comparison::kGeneral>(run);
+  if (kComparison == Comparison::kPlainPlateau ||
+      (kComparison == Comparison::kGeneral && bracket.IsSingleKey())) {
     const uint32_t ties = EqualTo<T>(run, T::Bits(bracket.lowest, flip));
     warp->num_open += __popc(ties);
     kept &= ~ties;
@@ -227,7 +228,8 @@ __device__ __forceinline__ PartCounts CountStretch(const WarpPart& warp, const B
   return warp.is_full ? PartCounts{0, warp.num_kept} : PartCounts{warp.num_kept - open, open};
 }
 
-// As FilterStream.
+// As FilterPlainStream. A loop for each comparison: one that jumps over code that it does not need
+// waits for instructions.
 template <typename T, Comparison kComparison>
 __device__ __forceinline__ void FilterStreamBy(const Cta& cta, const RowWindow& window,
                                                const ListPool& pool, int num_stages,
@@ -250,18 +252,34 @@ __device__ __forceinline__ void FilterStreamBy(const Cta& cta, const RowWindow& 
   }
 }
 
-// Filters a warp's stretch whose first tiles StartStream has started. In: the header's num_chunks
-// is zero. Ends without a barrier. A loop of its own for ordinary rows: one that jumps over code
-// that it does not need waits for instructions.
+// Whether a stream is filtered by plain comparisons.
 template <typename T>
-__device__ __forceinline__ void FilterStream(const Cta& cta, const RowWindow& window,
-                                             const ListPool& pool, int num_stages,
-                                             const Bracket& bracket, uint32_t flip,
-                                             WarpPart* warp) {
-  if (Unlikely(bracket.IsSingleKey() || SignedTest<T>(bracket.lowest, flip).mask != 0)) {
-    FilterStreamBy<T, Comparison::kGeneral>(cta, window, pool, num_stages, bracket, flip, warp);
+__device__ __forceinline__ bool IsPlain(const Bracket& bracket, uint32_t flip) {
+  return !bracket.IsSingleKey() && SignedTest<T>(bracket.lowest, flip).mask == 0;
+}
+
+// Filters a warp's stretch whose first tiles StartStream has started, where IsPlain. In: the
+// header's num_chunks is zero. Ends without a barrier.
+template <typename T>
+__device__ __forceinline__ void FilterPlainStream(const Cta& cta, const RowWindow& window,
+                                                  const ListPool& pool, int num_stages,
+                                                  const Bracket& bracket, uint32_t flip,
+                                                  WarpPart* warp) {
+  FilterStreamBy<T, Comparison::kPlain>(cta, window, pool, num_stages, bracket, flip, warp);
+  CopyAsyncWait<0>();
+}
+
+// The same for any bracket.
+template <typename T>
+__device__ __forceinline__ void FilterAnyStream(const Cta& cta, const RowWindow& window,
+                                                const ListPool& pool, int num_stages,
+                                                const Bracket& bracket, uint32_t flip,
+                                                WarpPart* warp) {
+  if (bracket.IsSingleKey() && SignedTest<T>(bracket.lowest, flip).mask == 0) {
+    FilterStreamBy<T, Comparison::kPlainPlateau>(cta, window, pool, num_stages, bracket, flip,
+                                                 warp);
   } else {
-    FilterStreamBy<T, Comparison::kPlain>(cta, window, pool, num_stages, bracket, flip, warp);
+    FilterStreamBy<T, Comparison::kGeneral>(cta, window, pool, num_stages, bracket, flip, warp);
   }
   CopyAsyncWait<0>();
 }

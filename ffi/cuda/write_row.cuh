@@ -29,11 +29,11 @@ struct RowOutput {
   uint32_t flip;
   bool is_sorted;  // best first; otherwise ascending index
 
-  __device__ RowOutput(const TopKArgs& args, int64_t row, uint32_t sign_flip, bool sorted)
-      : values(args.values == nullptr
-                   ? nullptr
-                   : static_cast<unsigned char*>(args.values) + row * args.k * T::kBytes),
-        indices(args.indices + row * args.k),
+  __device__ RowOutput(const TopKArgs& args, uint32_t row, uint32_t sign_flip, bool sorted)
+      : values(args.values == nullptr ? nullptr
+                                      : static_cast<unsigned char*>(args.values) +
+                                            ElementsBefore(row, args.k) * T::kBytes),
+        indices(args.indices + ElementsBefore(row, args.k)),
         k(args.k),
         flip(sign_flip),
         is_sorted(sorted) {}

@@ -40,7 +40,8 @@ constexpr const char* kHelp =
     "  --time                      also print microseconds per launch in a graph of 20\n"
     "  --others                    as --time or --grid, behind kernels that drive instructions\n"
     "                              and data out of the caches, as in a decode step; the operand\n"
-    "                              is read again, and an empty kernel's time is subtracted\n"
+    "                              is read again, and an empty kernel's time is subtracted; as\n"
+    "                              JAX launches it, not overlapping the kernel before\n"
     "  --grid                      time rows 1..256 by length 2048..163840 and mixed\n";
 
 struct Options {
@@ -285,7 +286,8 @@ double TimeChain(const Launch& launch) {
 
 double TimeCase(const Options& options, const TopKBuffers& buffers) {
   const Launch launch = [&](int, cudaStream_t stream) {
-    return LaunchTopK(options.problem, options.is_smallest, options.plan, buffers, stream);
+    return LaunchTopK(options.problem, options.is_smallest, options.plan, buffers,
+                      /*may_overlap=*/!options.has_others, stream);
   };
   if (!options.has_others) return TimeChain(launch);
   static uint4* const data = Upload(std::vector<uint4>(kOtherBytes / sizeof(uint4)));
@@ -310,7 +312,7 @@ int RunCase(const Options& options) {
   std::vector<unsigned char> values(problem.rows * problem.k * ElementBytes(problem.dtype), 0xa5);
   const TopKBuffers buffers{Upload(data.operand), Upload(data.starts), Upload(data.lengths),
                             options.with_values ? Upload(values) : nullptr, Upload(indices)};
-  Check(LaunchTopK(problem, options.is_smallest, options.plan, buffers, nullptr));
+  Check(LaunchTopK(problem, options.is_smallest, options.plan, buffers, true, nullptr));
   Check(cudaDeviceSynchronize());
   Download(buffers.indices, &indices);
   if (options.with_values) Download(static_cast<const unsigned char*>(buffers.values), &values);

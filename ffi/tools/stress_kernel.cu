@@ -533,7 +533,7 @@ class Stream {
         device_case.operand, device_case.starts[pick.variant], device_case.lengths[pick.variant],
         data.with_values ? values_ : nullptr, reinterpret_cast<int32_t*>(indices_)};
     const std::string error =
-        LaunchTopK(data.problem, data.is_smallest, data.plan, buffers, stream_);
+        LaunchTopK(data.problem, data.is_smallest, data.plan, buffers, true, stream_);
     if (!error.empty()) Fail(error + "; " + DescribeLaunch(*world_, *state_, number));
     Compare(data, device_case, pick.variant, values_, indices_, number);
   }
@@ -734,7 +734,7 @@ class GraphChain {
     for (const Node& n : nodes_) {
       const Case& data = world_.cases[n.which];
       const std::string error =
-          LaunchTopK(data.problem, data.is_smallest, data.plan, Buffers(n, side), stream);
+          LaunchTopK(data.problem, data.is_smallest, data.plan, Buffers(n, side), true, stream);
       if (!error.empty()) Fail(error + " while capturing; " + Describe(data, 0));
     }
     cudaGraph_t graph = nullptr;

@@ -89,7 +89,7 @@ void CopyAsyncWait() {
   CopyAsyncWaitFor(kPending);
 }
 inline void AllowNextKernel() {}
-inline void WaitForKernelsBefore() {}
+inline void WaitForKernelsBefore(const int32_t*, const int32_t*) {}
 inline bool Unlikely(bool condition) { return condition; }
 inline int32_t LoadWord(const int32_t* pointer) { return *pointer; }
 inline uint4 LoadShared(const uint4* pointer) { return *pointer; }
@@ -153,6 +153,7 @@ template <typename Word>
 Word UseHere(Word word) {
   return word;
 }
+inline bool AsItIs(bool condition) { return condition; }
 inline uint32_t CountCarry(uint32_t count, uint32_t a, uint32_t b) { return count + (a + b < a); }
 inline float FloatOfBits(uint32_t bits) {
   float value;

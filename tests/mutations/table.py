@@ -61,9 +61,9 @@ KERNEL = (
         "length_read_as_unsigned",
         EMULATED,
         "ffi/cuda/kernel.cuh",
-        "min(max(raw_length, 0), width - start)",
+        "min(max(raw_length, 0), args.width - start)",
         "static_cast<int32_t>(min(static_cast<uint32_t>(raw_length),\n"
-        "                                static_cast<uint32_t>(width - start)))",
+        "                                static_cast<uint32_t>(args.width - start)))",
         "peer (vllm 51593): length -1 becomes 2^32 - 1, which is clamped to the whole row.",
         _emulated(BOUNDARIES),
     ),
@@ -71,27 +71,18 @@ KERNEL = (
         "start_clamped_to_the_last_element",
         EMULATED,
         "ffi/cuda/kernel.cuh",
-        "min(max(raw_start, 0), width)",
-        "min(max(raw_start, 0), width - 1)",
+        "min(max(raw_start, 0), args.width)",
+        "min(max(raw_start, 0), args.width - 1)",
         "As dynamic_slice clamps: a window that begins at the end of the row has one element.",
         _emulated("test_garbage_windows"),
     ),
     Mutant(
         "offset_of_a_row_in_32_bits",
         EMULATED,
-        "ffi/cuda/row_window.cuh",
-        "(row * args.width + start) * T::kBytes",
-        "static_cast<int32_t>(row * args.width + start) * int64_t{T::kBytes}",
+        "ffi/cuda/block.cuh",
+        "return uint64_t{row} * static_cast<uint32_t>(per_row);",
+        "return static_cast<uint64_t>(static_cast<int32_t>(row * static_cast<uint32_t>(per_row)));",
         "peer: `row * stride` in 32 bits, wrong from 2^31 elements on.",
-        _emulated("test_an_operand_of_more_than_2_31_elements"),
-    ),
-    Mutant(
-        "offset_of_an_aligned_row_in_32_bits",
-        EMULATED,
-        "ffi/cuda/kernel.cuh",
-        "+ row * args.width * T::kBytes;",
-        "+ static_cast<int32_t>(row * args.width) * int64_t{T::kBytes};",
-        "The same where the window begins with its row.",
         _emulated("test_an_operand_of_more_than_2_31_elements"),
     ),
     Mutant(
@@ -460,10 +451,10 @@ KERNEL = (
         "spread_keys_left_in_the_histogram",
         EMULATED,
         "ffi/cuda/short_row.cuh",
-        """      if (is_spread) {
-        ClearBins(cta);
+        """        if (!has_pivot) {
+          ClearBins(cta);
 """,
-        """      if (is_spread) {
+        """        if (!has_pivot) {
 """,
         "Keys that did not fit their bins are counted as elements when the bracket is narrowed.",
         _emulated("test_open_elements_of_a_short_row"),
