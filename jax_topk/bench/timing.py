@@ -3,7 +3,8 @@
 Three metrics, all in microseconds per selection:
 
 - `graph_chain_us`: launches of the kernel alone, back to back in one CUDA graph; the time of a
-  replay divided by the launches, median over the replays.
+  replay divided by the launches, median over the replays. A launch may start while the one before
+  it ends (programmatic dependent launch), which launches by XLA never do.
 - `jit_chain_us`: selections inside one jitted function, each of which depends on the result before
   it. A chain of n and a chain of m steps are timed in turn; the slope, (long - short) / (m - n),
   holds the selection and the small kernel that carries the dependency, but neither dispatch nor
