@@ -37,7 +37,7 @@ from jax_topk.bench import (
     tables,
     timing,
 )
-from jax_topk.bench.cases import CALL, GRAPH, JIT, Block, Case
+from jax_topk.bench.cases import CALL, GRAPH, JIT, OTHERS, Block, Case
 from jax_topk.bench.results import Record, Results
 
 
@@ -414,6 +414,18 @@ def test_steps_of_the_dependency_floor_are_kernels_of_their_own():
     assert (long[0] - short[0], long[1] - short[1]) == (5, 0)
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif("not has_gpu()")
+def test_a_gpu_times_cells_behind_other_kernels():
+    block = dataclasses.replace(FAKE_BLOCK, lengths=(500, 5000), width=8192, metrics=(OTHERS,))
+    lines = []
+    records = run(runner.Runner("gpu", QUICK, lines.append), block)
+    assert not lines
+    assert {r.verified for r in records} == {"certificate+oracle"}
+    # More than an empty kernel, and without what the other kernels take, which is 50 us and more.
+    assert all(0 < r.us < 40 for r in records), [r.us for r in records]
+
+
 # --- the runner, with a CUDA module of its own ----------------------------------------------------
 
 
@@ -458,7 +470,7 @@ class FakeCuda:
         operands = [operand] if isinstance(operand, int) else operand
         self.calls.append((kind, operands, plan, launches, replays))
         assert (smallest, device) == (False, 0)
-        if kind == "top_k":
+        if kind in ("top_k", "behind_others"):
             operand = operands[(launches - 1) % len(operands)]
             x = self.view(operand, (rows, width), jnp.dtype(dtype))
             row_starts = self.view(starts, (rows,), np.int32)
@@ -472,7 +484,7 @@ class FakeCuda:
                 all_values[:rows] = right[0]
             if self.spoil:
                 self.spoil(all_values, all_indices, replays > 1)
-        us = {"empty": 0.9, "read": 1.7, "top_k": 4.0}[kind]
+        us = {"empty": 0.9, "read": 1.7, "top_k": 4.0, "behind_others": 5.0}[kind]
         return [us + 0.01 * i for i in range(replays)]
 
 
@@ -525,6 +537,32 @@ def test_graph_cells_are_timed_and_proven(fake_gpu, output, dtype):
         assert record.samples["n"] == 4
     # A check before timing, and the timed launches, whose result is checked as well.
     assert [call[2:] for call in fake.calls] == [("path=exact", 1, 1), ("path=exact", 5, 4)] * 6
+
+
+def test_cells_behind_other_kernels_are_timed_and_proven(fake_gpu):
+    block = dataclasses.replace(FAKE_BLOCK, lengths=(500,), metrics=(OTHERS, GRAPH))
+    bench_runner, fake, lines = fake_gpu(block)
+    records = run(bench_runner, block)
+    assert not lines
+    ours = [r for r in records if r.implementation == "cuda"]
+    assert [(r.rows, r.metric) for r in ours] == [(1, GRAPH), (1, OTHERS), (3, GRAPH), (3, OTHERS)]
+    assert [r.us for r in ours] == pytest.approx([4.015, 5.015] * 2)
+    assert {r.verified for r in ours} == {"certificate+oracle"}
+    kinds = [call[0] for call in fake.calls]
+    assert kinds == ["empty", "read", "top_k", "top_k", "top_k", "behind_others"] * 2
+    tables.print_tables(records, lines.append)
+    assert any("cuda behind others" in line for line in lines)
+
+
+def test_a_wrong_result_behind_other_kernels_is_found(fake_gpu):
+    def spoil(values, indices, is_timed):
+        if is_timed:
+            indices[0, 0] = indices[0, 1]
+
+    block = dataclasses.replace(FAKE_BLOCK, rows=(1,), lengths=(500,), metrics=(OTHERS,))
+    bench_runner, _, lines = fake_gpu(block, spoil)
+    assert [r.verified for r in run(bench_runner, block)] == ["WRONG1"]
+    assert "WRONG after timing: cuda" in lines[0]
 
 
 def test_floors_are_timed_once_per_shape(fake_gpu):
@@ -950,6 +988,15 @@ def test_the_table_of_the_readme_has_no_gaps():
 
     assert "| rows \\ length | 4096 |" in section((1, 128), (1, 4096), (2, 4096))
     assert "| rows \\ length | 128 | 4096 |" in section((1, 128), (2, 4096))
+
+
+def test_the_readme_shows_times_behind_other_kernels():
+    records = [record(3.0, "cuda", GRAPH, rows=1, length=4096)]
+    text = "\n".join(report.gpu_section(Results({"gpu": "H100"}, records), None))
+    assert "in a decode step" not in text
+    records.append(record(5.0, "cuda", OTHERS, rows=1, length=4096))
+    text = "\n".join(report.gpu_section(Results({"gpu": "H100"}, records), None))
+    assert text.index("in a decode step") < text.index("| **1** | 5.0 |")
 
 
 @pytest.mark.parametrize("text", ["none", f"{report.END}{report.BEGIN}", report.BEGIN * 2])

@@ -117,17 +117,31 @@ std::vector<double> GraphChain(const std::string& kind, const std::vector<uint64
     launch = [&](int index, cudaStream_t stream) {
       return LaunchRead(problem, buffers(index), stream);
     };
+  } else if (kind == "behind_others") {
+    // As JAX launches it.
+    launch = [&](int index, cudaStream_t stream) {
+      return LaunchTopK(problem, smallest, plan, buffers(index), /*may_overlap=*/false, stream);
+    };
   } else {
-    throw nb::value_error(("kind '" + kind + "' is not one of top_k, empty, read").c_str());
+    throw nb::value_error(
+        ("kind '" + kind + "' is not one of top_k, empty, read, behind_others").c_str());
   }
+  const Launch read = [&](int index, cudaStream_t stream) {
+    return LaunchRead(problem, buffers(index), stream);
+  };
   std::vector<double> microseconds;
   std::string error;
   {
     nb::gil_scoped_release unlocked;
     const cudaError_t status = cudaSetDevice(device);
-    error = status == cudaSuccess ? TimeGraphChain(launch, launches, replays, &microseconds)
-                                  : "selecting device " + std::to_string(device) +
-                                        " failed: " + cudaGetErrorString(status);
+    if (status != cudaSuccess) {
+      error =
+          "selecting device " + std::to_string(device) + " failed: " + cudaGetErrorString(status);
+    } else if (kind == "behind_others") {
+      error = TimeBehindOthers(read, launch, launches, replays, &microseconds);
+    } else {
+      error = TimeGraphChain(launch, launches, replays, &microseconds);
+    }
   }
   if (!error.empty()) throw std::runtime_error(error);
   return microseconds;

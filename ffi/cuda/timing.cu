@@ -33,6 +33,35 @@ __global__ void __launch_bounds__(kReadThreads)
   }
 }
 
+// More instructions than the caches of a processor hold. In assembly, so that the compiler cannot
+// leave out what it does not need, and many to a statement, which compiles faster.
+#define JAX_TOPK_FOUR_TIMES(text) text text text text
+#define JAX_TOPK_256_TIMES(text) \
+  JAX_TOPK_FOUR_TIMES(JAX_TOPK_FOUR_TIMES(JAX_TOPK_FOUR_TIMES(JAX_TOPK_FOUR_TIMES(text))))
+constexpr int kOtherInstructions = (256 << 10) / 16;
+__global__ void OtherInstructions(uint4* data) {
+  float x = 1;
+#pragma unroll
+  for (int i = 0; i < kOtherInstructions / 256; ++i) {
+    asm volatile(JAX_TOPK_256_TIMES("fma.rn.f32 %0, %0, %0, %0;\n\t") : "+f"(x));
+  }
+  if (x == 0.5f) data->x = 1;  // never
+}
+#undef JAX_TOPK_FOUR_TIMES
+#undef JAX_TOPK_256_TIMES
+
+// More data than the L2 cache holds. The sum is stored in one case of 2^32.
+constexpr int64_t kOtherBytes = 200 << 20;
+__global__ void OtherData(uint4* data) {
+  uint32_t sum = 0;
+  for (int64_t i = blockIdx.x * blockDim.x + threadIdx.x; i < kOtherBytes / 16;
+       i += gridDim.x * blockDim.x) {
+    const uint4 vector = data[i];
+    sum ^= vector.x ^ vector.y ^ vector.z ^ vector.w;
+  }
+  if (sum == 0x5a5a5a5au) data->x = sum;
+}
+
 std::string Describe(const char* what, cudaError_t error) {
   return std::string(what) + " failed: " + cudaGetErrorString(error);
 }
@@ -51,6 +80,16 @@ struct Session {
     if (stream != nullptr) cudaStreamDestroy(stream);
   }
 };
+
+struct DeviceMemory {
+  void* data = nullptr;
+  ~DeviceMemory() { cudaFree(data); }
+};
+
+double Median(std::vector<double> samples) {
+  std::sort(samples.begin(), samples.end());
+  return samples[samples.size() / 2];
+}
 
 }  // namespace
 
@@ -121,6 +160,35 @@ std::string TimeGraphChain(const Launch& launch, int num_launches, int num_repla
     if (error != cudaSuccess) return Describe("reading an event", error);
     microseconds->push_back(1000.0 * milliseconds / num_launches);
   }
+  return "";
+}
+
+std::string TimeBehindOthers(const Launch& read, const Launch& launch, int num_launches,
+                             int num_replays, std::vector<double>* microseconds) {
+  DeviceMemory memory;
+  cudaError_t error = cudaMalloc(&memory.data, kOtherBytes);
+  if (error == cudaSuccess) error = cudaMemset(memory.data, 0, kOtherBytes);
+  if (error != cudaSuccess) return Describe("allocating 200 MB to read", error);
+  auto* const data = static_cast<uint4*>(memory.data);
+  const auto behind_others = [&](const Launch& last) {
+    return [&](int i, cudaStream_t stream) {
+      OtherInstructions<<<256, 32, 0, stream>>>(data);
+      OtherData<<<256, 512, 0, stream>>>(data);
+      const cudaError_t status = cudaGetLastError();
+      if (status != cudaSuccess) return Describe("launching other kernels", status);
+      const std::string failure = read(i, stream);
+      return failure.empty() ? last(i, stream) : failure;
+    };
+  };
+  // The empty kernel first: what is checked afterwards is the launch's output.
+  const Launch empty = [](int, cudaStream_t stream) { return LaunchEmpty(stream); };
+  std::vector<double> others;
+  std::string failure = TimeGraphChain(behind_others(empty), num_launches, num_replays, &others);
+  if (!failure.empty()) return failure;
+  failure = TimeGraphChain(behind_others(launch), num_launches, num_replays, microseconds);
+  if (!failure.empty()) return failure;
+  const double median = Median(others);
+  for (double& sample : *microseconds) sample -= median;
   return "";
 }
 

@@ -1,4 +1,5 @@
-// Times launches inside one CUDA graph: the bench's metric graph_chain_us and its floors.
+// Times launches inside one CUDA graph: the bench's metrics graph_chain_us and behind_others_us,
+// and their floors.
 
 #ifndef JAX_TOPK_CUDA_TIMING_H_
 #define JAX_TOPK_CUDA_TIMING_H_
@@ -26,6 +27,13 @@ std::string LaunchRead(const Problem& problem, const TopKBuffers& buffers, cudaS
 // for each of `num_replays` replays, the time of the replay divided by `num_launches`.
 std::string TimeGraphChain(const Launch& launch, int num_launches, int num_replays,
                            std::vector<double>* microseconds);
+
+// The same for launches behind kernels that drive instructions and data out of the caches, as in a
+// decode step: before each, one kernel executes 256 KB of instructions, one reads 200 MB, and
+// `read` brings back to the L2 cache what the launch reads. What these take with an empty kernel in
+// the launch's place, in the median, is subtracted, so single replays may come out negative.
+std::string TimeBehindOthers(const Launch& read, const Launch& launch, int num_launches,
+                             int num_replays, std::vector<double>* microseconds);
 
 }  // namespace jax_topk
 

@@ -250,59 +250,19 @@ double Median(std::vector<double> samples) {
   return samples[samples.size() / 2];
 }
 
-// 256 KB of instructions, more than the caches of a processor hold.
-template <int kCount>
-__device__ __forceinline__ void ManyInstructions(float* x) {
-  if constexpr (kCount == 1) {
-    asm volatile("fma.rn.f32 %0, %0, %0, %0;" : "+f"(*x));
-  } else {
-    ManyInstructions<kCount / 2>(x);
-    ManyInstructions<kCount / 2>(x);
-  }
-}
-__global__ void OtherInstructions(uint4* data) {
-  float x = 1;
-  ManyInstructions<(256 << 10) / 16>(&x);
-  if (x == 0.5f) data->x = 1;  // never; so the compiler cannot leave out what it does not need
-}
-
-// More data than the L2 cache holds. The sum is stored in one case of 2^32.
-constexpr int64_t kOtherBytes = 200 << 20;
-__global__ void OtherData(uint4* data) {
-  uint32_t sum = 0;
-  for (int64_t i = blockIdx.x * blockDim.x + threadIdx.x; i < kOtherBytes / 16;
-       i += gridDim.x * blockDim.x) {
-    const uint4 vector = data[i];
-    sum ^= vector.x ^ vector.y ^ vector.z ^ vector.w;
-  }
-  if (sum == 0x5a5a5a5au) data->x = sum;
-}
-
-double TimeChain(const Launch& launch) {
-  std::vector<double> samples;
-  Check(TimeGraphChain(launch, 20, 50, &samples));
-  return Median(samples);
-}
-
 double TimeCase(const Options& options, const TopKBuffers& buffers) {
+  constexpr int kLaunches = 20, kReplays = 50;
   const Launch launch = [&](int, cudaStream_t stream) {
     return LaunchTopK(options.problem, options.is_smallest, options.plan, buffers,
                       /*may_overlap=*/!options.has_others, stream);
   };
-  if (!options.has_others) return TimeChain(launch);
-  static uint4* const data = Upload(std::vector<uint4>(kOtherBytes / sizeof(uint4)));
-  const auto behind_others = [&](const Launch& last) {
-    return [&](int i, cudaStream_t stream) {
-      OtherInstructions<<<256, 32, 0, stream>>>(data);
-      OtherData<<<256, 512, 0, stream>>>(data);
-      const std::string error = LaunchRead(options.problem, buffers, stream);
-      return error.empty() ? last(i, stream) : error;
-    };
+  const Launch read = [&](int, cudaStream_t stream) {
+    return LaunchRead(options.problem, buffers, stream);
   };
-  const Launch empty = [](int, cudaStream_t stream) { return LaunchEmpty(stream); };
-  // The empty kernel first: what is checked afterwards is the last kernel's output.
-  const double others = TimeChain(behind_others(empty));
-  return TimeChain(behind_others(launch)) - others;
+  std::vector<double> samples;
+  Check(options.has_others ? TimeBehindOthers(read, launch, kLaunches, kReplays, &samples)
+                           : TimeGraphChain(launch, kLaunches, kReplays, &samples));
+  return Median(samples);
 }
 
 int RunCase(const Options& options) {

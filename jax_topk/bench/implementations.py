@@ -21,7 +21,7 @@ import numpy as np
 from jax import Array, lax
 
 from . import certificate
-from .cases import CALL, GRAPH, JIT, Case
+from .cases import CALL, GRAPH, JIT, OTHERS, Case
 
 Selector = Callable[[Array, Array | None], tuple[Array | None, Array]]
 """(operand `[rows, width]`, lengths `[rows]` or None) -> (values `[rows, k]` or None, indices)."""
@@ -190,7 +190,8 @@ def graph_chain(
     """Times launches of a kernel in one CUDA graph.
 
     Args:
-        kind: `"top_k"`, `"empty"` or `"read"`.
+        kind: `"top_k"`, `"empty"`, `"read"`, or `"behind_others"`, which is `"top_k"` behind other
+            kernels, of which the time is subtracted.
         case: the job.
         operands: device addresses of rows; launch i reads those at i modulo their number.
         starts: `[rows]` int32 on the device.
@@ -345,7 +346,7 @@ class TorchChain:
 def metrics_of(name: str, platform: str) -> tuple[str, ...]:
     """Metrics an implementation can be timed by on `"gpu"` or `"cpu"`, natural ones first."""
     if name == "cuda":
-        return (GRAPH, JIT, CALL)
+        return (GRAPH, JIT, OTHERS, CALL)
     if name in ("torch", "flashinfer"):
         return (GRAPH,)
     return (JIT, CALL) if platform == "gpu" else (CALL, JIT)

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 from . import plot, results
-from .cases import CALL, JIT, WIDTH, K, Length
+from .cases import CALL, JIT, OTHERS, WIDTH, K, Length
 from .goals import Cells
 from .results import Record, Results
 from .tables import geometric_mean, length_order
@@ -89,6 +89,15 @@ def gpu_section(found: Results, image: str | None) -> list[str]:
                 {shape: _short(r.us) for shape, r in alone.items() if shape[1] in whole},
                 "rows \\ length",
             ),
+            "",
+        ]
+    behind = cells.column(metric=OTHERS)
+    if behind:
+        lines += [
+            "The same where it stands in a decode step: behind kernels that have driven its "
+            "instructions out of the caches, and without overlap:",
+            "",
+            *_matrix({shape: _short(r.us) for shape, r in behind.items()}, "rows \\ length"),
             "",
         ]
     faster = {

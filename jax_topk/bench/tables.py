@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Sequence
 
-from .cases import CALL, GRAPH, JIT, PACKAGE, STREAM, Length
+from .cases import CALL, GRAPH, JIT, OTHERS, PACKAGE, STREAM, Length
 from .results import Record
 
 Group = tuple[str, int | None, str, str, int | None, str, bool]
@@ -16,7 +16,13 @@ Column = tuple[str, str]
 Floors = dict[tuple[str, int, Length, int, str, int, bool], float]
 """(implementation, rows, length, k, dtype, width, cold) -> microseconds."""
 
-METRIC_NAMES = {GRAPH: "graph", STREAM: "stream", JIT: "jit", CALL: "call"}
+METRIC_NAMES = {
+    GRAPH: "graph",
+    OTHERS: "behind others",
+    STREAM: "stream",
+    JIT: "jit",
+    CALL: "call",
+}
 
 
 def length_order(length: Length) -> tuple[int, int, str]:

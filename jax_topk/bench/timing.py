@@ -1,10 +1,14 @@
 """Sampling: interleaved calls, slopes of chains, and the statistics that are kept of them.
 
-Three metrics, all in microseconds per selection:
+Four metrics, all in microseconds per selection:
 
 - `graph_chain_us`: launches of the kernel alone, back to back in one CUDA graph; the time of a
   replay divided by the launches, median over the replays. A launch may start while the one before
   it ends (programmatic dependent launch), which launches by XLA never do.
+- `behind_others_us`: the same as XLA launches it, without overlap, each behind kernels that drive
+  instructions and data out of the caches as the rest of a decode step does: one executes 256 KB of
+  instructions, one reads 200 MB, and one reads the operand, whose scores some kernel has just
+  written. What they take with an empty kernel in the launch's place is subtracted.
 - `jit_chain_us`: selections inside one jitted function, each of which depends on the result before
   it. A chain of n and a chain of m steps are timed in turn; the slope, (long - short) / (m - n),
   holds the selection and the small kernel that carries the dependency, but neither dispatch nor
