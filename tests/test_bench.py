@@ -414,18 +414,6 @@ def test_steps_of_the_dependency_floor_are_kernels_of_their_own():
     assert (long[0] - short[0], long[1] - short[1]) == (5, 0)
 
 
-@pytest.mark.gpu
-@pytest.mark.skipif("not has_gpu()")
-def test_a_gpu_times_cells_behind_other_kernels():
-    block = dataclasses.replace(FAKE_BLOCK, lengths=(500, 5000), width=8192, metrics=(OTHERS,))
-    lines = []
-    records = run(runner.Runner("gpu", QUICK, lines.append), block)
-    assert not lines
-    assert {r.verified for r in records} == {"certificate+oracle"}
-    # More than an empty kernel, and without what the other kernels take, which is 50 us and more.
-    assert all(0 < r.us < 40 for r in records), [r.us for r in records]
-
-
 # --- the runner, with a CUDA module of its own ----------------------------------------------------
 
 
