@@ -4,7 +4,7 @@
 // looked at by number, and the turns for which there are no registers. Threads take the vectors of
 // the row in turns, and a tile has all its turns whatever the row's length, so that nothing
 // branches between them: what lies outside the window becomes the lowest key, which is never
-// selected of a row of more than k (see SelectElements for elements that have that key). All
+// selected of a row of more than k (see AddFirstTies for elements that have that key). All
 // elements are counted, so the bracket and its counts are exact and nothing has to be verified.
 //
 // Order without sorting: elements ascend by turn, then thread, then number in their vector. What a

@@ -102,7 +102,7 @@ __device__ __forceinline__ void StartTile(const Cta& cta, const RowWindow& windo
   CopyAsyncCommit();
 }
 
-// Starts the first tiles of a warp's stretch, to be filtered by FilterStream.
+// Starts the first tiles of a warp's stretch, which FilterPlainStream or FilterAnyStream filters.
 template <typename T>
 __device__ __forceinline__ void StartStream(const Cta& cta, const RowWindow& window,
                                             const Part& part, int num_stages) {
