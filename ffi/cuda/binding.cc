@@ -106,29 +106,25 @@ std::vector<double> GraphChain(const std::string& kind, const std::vector<uint64
                        DevicePointer<const int32_t*>(lengths), DevicePointer<void*>(values),
                        DevicePointer<int32_t*>(indices)};
   };
+  const bool is_behind_others = kind == "behind_others";
+  const Launch read = [&](int index, cudaStream_t stream) {
+    return LaunchRead(problem, buffers(index), stream);
+  };
   Launch launch;
-  if (kind == "top_k") {
+  if (kind == "top_k" || is_behind_others) {
+    // Behind others as JAX launches it.
     launch = [&](int index, cudaStream_t stream) {
-      return LaunchTopK(problem, smallest, plan, buffers(index), /*may_overlap=*/true, stream);
+      return LaunchTopK(problem, smallest, plan, buffers(index), /*may_overlap=*/!is_behind_others,
+                        stream);
     };
   } else if (kind == "empty") {
     launch = [](int, cudaStream_t stream) { return LaunchEmpty(stream); };
   } else if (kind == "read") {
-    launch = [&](int index, cudaStream_t stream) {
-      return LaunchRead(problem, buffers(index), stream);
-    };
-  } else if (kind == "behind_others") {
-    // As JAX launches it.
-    launch = [&](int index, cudaStream_t stream) {
-      return LaunchTopK(problem, smallest, plan, buffers(index), /*may_overlap=*/false, stream);
-    };
+    launch = read;
   } else {
     throw nb::value_error(
         ("kind '" + kind + "' is not one of top_k, empty, read, behind_others").c_str());
   }
-  const Launch read = [&](int index, cudaStream_t stream) {
-    return LaunchRead(problem, buffers(index), stream);
-  };
   std::vector<double> microseconds;
   std::string error;
   {
@@ -137,7 +133,7 @@ std::vector<double> GraphChain(const std::string& kind, const std::vector<uint64
     if (status != cudaSuccess) {
       error =
           "selecting device " + std::to_string(device) + " failed: " + cudaGetErrorString(status);
-    } else if (kind == "behind_others") {
+    } else if (is_behind_others) {
       error = TimeBehindOthers(read, launch, launches, replays, &microseconds);
     } else {
       error = TimeGraphChain(launch, launches, replays, &microseconds);

@@ -86,12 +86,12 @@ struct DeviceMemory {
   ~DeviceMemory() { cudaFree(data); }
 };
 
+}  // namespace
+
 double Median(std::vector<double> samples) {
   std::sort(samples.begin(), samples.end());
   return samples[samples.size() / 2];
 }
-
-}  // namespace
 
 std::string LaunchEmpty(cudaStream_t stream) {
   EmptyKernel<<<1, 32, 0, stream>>>();

@@ -23,6 +23,9 @@ std::string LaunchEmpty(cudaStream_t stream);
 // Reads every row's window once and writes k indices per row: what moving the data costs.
 std::string LaunchRead(const Problem& problem, const TopKBuffers& buffers, cudaStream_t stream);
 
+// The middle one of the samples in order, or the later of two; there are some.
+double Median(std::vector<double> samples);
+
 // Captures `num_launches` calls of `launch` into one graph and replays it. `microseconds` receives,
 // for each of `num_replays` replays, the time of the replay divided by `num_launches`.
 std::string TimeGraphChain(const Launch& launch, int num_launches, int num_replays,

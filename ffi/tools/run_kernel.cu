@@ -245,11 +245,6 @@ void Download(const T* device, std::vector<T>* host) {
   Check(cudaMemcpy(host->data(), device, host->size() * sizeof(T), cudaMemcpyDeviceToHost));
 }
 
-double Median(std::vector<double> samples) {
-  std::sort(samples.begin(), samples.end());
-  return samples[samples.size() / 2];
-}
-
 double TimeCase(const Options& options, const TopKBuffers& buffers) {
   constexpr int kLaunches = 20, kReplays = 50;
   const Launch launch = [&](int, cudaStream_t stream) {
@@ -272,7 +267,8 @@ int RunCase(const Options& options) {
   std::vector<unsigned char> values(problem.rows * problem.k * ElementBytes(problem.dtype), 0xa5);
   const TopKBuffers buffers{Upload(data.operand), Upload(data.starts), Upload(data.lengths),
                             options.with_values ? Upload(values) : nullptr, Upload(indices)};
-  Check(LaunchTopK(problem, options.is_smallest, options.plan, buffers, true, nullptr));
+  Check(LaunchTopK(problem, options.is_smallest, options.plan, buffers, /*may_overlap=*/true,
+                   nullptr));
   Check(cudaDeviceSynchronize());
   Download(buffers.indices, &indices);
   if (options.with_values) Download(static_cast<const unsigned char*>(buffers.values), &values);

@@ -532,8 +532,8 @@ class Stream {
     const TopKBuffers buffers{
         device_case.operand, device_case.starts[pick.variant], device_case.lengths[pick.variant],
         data.with_values ? values_ : nullptr, reinterpret_cast<int32_t*>(indices_)};
-    const std::string error =
-        LaunchTopK(data.problem, data.is_smallest, data.plan, buffers, true, stream_);
+    const std::string error = LaunchTopK(data.problem, data.is_smallest, data.plan, buffers,
+                                         /*may_overlap=*/true, stream_);
     if (!error.empty()) Fail(error + "; " + DescribeLaunch(*world_, *state_, number));
     Compare(data, device_case, pick.variant, values_, indices_, number);
   }
@@ -733,8 +733,8 @@ class GraphChain {
     CHECK(cudaStreamBeginCapture(stream, cudaStreamCaptureModeThreadLocal));
     for (const Node& n : nodes_) {
       const Case& data = world_.cases[n.which];
-      const std::string error =
-          LaunchTopK(data.problem, data.is_smallest, data.plan, Buffers(n, side), true, stream);
+      const std::string error = LaunchTopK(data.problem, data.is_smallest, data.plan,
+                                           Buffers(n, side), /*may_overlap=*/true, stream);
       if (!error.empty()) Fail(error + " while capturing; " + Describe(data, 0));
     }
     cudaGraph_t graph = nullptr;
