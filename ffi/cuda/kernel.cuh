@@ -22,10 +22,10 @@
 // fetches the first 64 KB (as measured on an H200); every jump to what lies behind waits for
 // memory, 5 to 8 us for a row. So what ordinary rows need comes first: SelectWindow says in which
 // order, tests/code_layout.py whether the compiler did it. What few of them need comes behind, in
-// one of two ways. In functions that are not inlined, called last of all where that can be, so that
-// nothing is kept for after the call; they take copies of what they are given, since what a pointer
-// leads to would lie in local memory everywhere (see KnownShared). Or as an end of its own of a
-// path, where a call would take registers from a loop: CompleteStreamedRow.
+// one of two ways. In functions that are not inlined; they take copies of what they are given,
+// since what a pointer leads to would lie in local memory everywhere (see KnownShared), and return
+// what ordinary code goes on with. Or as an end of its own of a path, where a call would take
+// registers from a loop: CompleteStreamedRow.
 
 #ifndef JAX_TOPK_CUDA_KERNEL_CUH_
 #define JAX_TOPK_CUDA_KERNEL_CUH_

@@ -766,23 +766,20 @@ __device__ __forceinline__ ShortSelection<T, kTurns> SelectCrowded(const Cta& ct
   return selection;
 }
 
-// Selects as SelectCrowded, unless `selection` has ties already, and writes the row. Not inlined,
-// see kernel.cuh; the last that a CTA does for a row.
+// What is selected of a row of which few are: of `selection`, if that has ties, or else as
+// SelectCrowded finds. Not inlined, see kernel.cuh.
 template <typename T, int kTurns>
-__device__ __noinline__ void FinishRareRow(Cta cta, StoredTile<T> tile,
-                                           ShortSelection<T, kTurns> selection, Estimate estimate,
-                                           TurnMasks<T, kTurns> masks, uint32_t capacity,
-                                           RowOutput<T> output) {
+__device__ __noinline__ TurnBits<T, kTurns> SelectRare(Cta cta, StoredTile<T> tile,
+                                                       ShortSelection<T, kTurns> selection,
+                                                       Estimate estimate,
+                                                       TurnMasks<T, kTurns> masks, uint32_t k,
+                                                       uint32_t capacity) {
   cta = KnownShared(cta);
   tile.slots = KnownShared(tile.slots);
   if (selection.num_ties == 0) {
-    selection =
-        SelectCrowded(cta, tile, estimate, masks, static_cast<uint32_t>(output.k), capacity);
+    selection = SelectCrowded(cta, tile, estimate, masks, k, capacity);
   }
-  if (Unlikely(selection.num_ties != 0)) {
-    selection.selected = AddFirstTies(cta, tile, selection);
-  }
-  WriteShortRow(cta, tile, selection.selected, output);
+  return selection.num_ties == 0 ? selection.selected : AddFirstTies(cta, tile, selection);
 }
 
 // Selects from a row that a tile of kTurns turns holds.
@@ -830,10 +827,9 @@ __device__ __forceinline__ void SelectShortRow(Cta& cta, const TopKArgs& args,
     constexpr bool kAreTiesRare = T::kBits == 32;
     if (Unlikely(!has_pivot || (kAreTiesRare && selection.num_ties != 0))) {
       estimate.bracket = CoarseKeys<T>(bin);
-      FinishRareRow<T, kTurns>(cta, tile, selection, estimate, masks, capacity, output);
-      return;
-    }
-    if (!kAreTiesRare && selection.num_ties != 0) {
+      selection.selected =
+          SelectRare<T, kTurns>(cta, tile, selection, estimate, masks, k, capacity);
+    } else if (!kAreTiesRare && selection.num_ties != 0) {
       selection.selected = AddFirstTies(cta, tile, selection);
     }
   }
