@@ -142,6 +142,22 @@ def dependency_function(steps: int) -> Callable[[Array, Array], Any]:
     return jax.jit(chain)
 
 
+@functools.cache
+def busy_function(passes: int) -> Callable[[Array], Array]:
+    """Reads an int32 array `passes` times, each after the one before: keeps a device busy.
+
+    Memory is what it takes most of, not power, so that clocks stay as they are.
+    """
+
+    def read(data: Array) -> Array:
+        greatest = jnp.int32(0)
+        for _ in range(passes):
+            greatest = jnp.max(data ^ greatest)
+        return greatest
+
+    return jax.jit(read)
+
+
 # --- launches in a CUDA graph ---------------------------------------------------------------------
 
 
