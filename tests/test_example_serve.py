@@ -47,6 +47,7 @@ def test_serves_and_writes_results(implementation, tmp_path, capsys):
         assert 0 <= record["top_k_share"] < 1
         assert record["bound"] == pytest.approx(1 / (1 - record["top_k_share"]))
         assert record["itl_ms"]["median"] <= record["itl_ms"]["p99"]
+        assert 0 < record["step_ms"]["median"] < 1e3 * 12 / record["output_tokens_per_s"]
         # 2 waves of 2 requests and 3 tokens.
         seconds = 4 / record["requests_per_s"]
         assert record["output_tokens_per_s"] == pytest.approx(12 / seconds)
@@ -227,6 +228,40 @@ def test_figures_in_markdown():
     assert "Not measured within the time budget: batch 32, input 5." in text
 
 
+def test_steps_that_nobody_awaits_have_columns_of_their_own():
+    result = result_of({1: (0.5, 0.6, 0.7), 8: (2.0, 1.0, 3.0)})
+    for record, step in zip(result["records"], (0.4, 0.5, 0.6, 1.0, 1.5, 9.0), strict=True):
+        record["step_ms"] = {"median": step}
+    text = serve_report.markdown(result)
+    first, second = rows_of(text)
+    assert first[5:10] == ["0.700", "0.400", "0.500", "1.25", "2,000"]
+    assert second[6:9] == ["1.000", "1.500", "1.50"]
+    assert "TPOT ms, xla | step ms, cuda | step ms, `lax.top_k` | ratio | output" in text
+    assert len({row.count("|") for row in text.splitlines() if row.startswith("|")}) == 1
+    assert "Of steps that nobody awaits, 2 are shorter, by 1.25 to 1.50." in text
+    assert "1.20x; step 1.25x" in serve_report.gains(result["records"])[0]
+
+
+def test_several_results_share_the_picture_of_the_first(tmp_path, capsys):
+    paths = []
+    for device in ("one GPU", "another GPU"):
+        result = result_of({1: (0.5, 0.6, 0.7)})
+        result["header"]["device"] = device
+        for record in result["records"]:
+            some = {"mean": 1.0, "median": record["tpot_ms"]["median"], "p99": 2.0}
+            record |= {"ttft_ms": some, "itl_ms": some, "tpot_ms": some, "requests_per_s": 1.0}
+        paths.append(str(tmp_path / f"{device}.json"))
+        serve_report.write_result(result, paths[-1])
+    assert serve_report.main(paths) == 0
+    printed = capsys.readouterr().out
+    assert printed.index("one GPU") < printed.index("another GPU")
+    assert printed.count("median TPOT") == 2
+    text = serve_report.section([json.loads(pathlib.Path(path).read_text()) for path in paths])
+    assert text.count(serve_report.PICTURE) == 1
+    places = [text.index(part) for part in ("one GPU", serve_report.PICTURE, "another GPU")]
+    assert places == sorted(places)
+
+
 def test_a_wrong_set_of_any_implementation_shows():
     result = result_of({1: (0.5, 0.6, 0.7)})
     result["records"][1]["same_sets"] = False
@@ -258,17 +293,14 @@ def test_a_section_of_the_document_is_replaced():
 
 ROOT = pathlib.Path(__file__).parents[1]
 DOCUMENT = ROOT / "docs" / "sparse_attention.md"
-RESULT = ROOT / "examples" / "sparse_attention" / "results" / "serve_h100.json"
+RESULTS = ROOT / "examples" / "sparse_attention" / "results"
 
 
-def test_the_documentation_shows_the_committed_result():
-    """And none, while none is committed: `python -m examples.sparse_attention.serve_report`."""
+def test_the_documentation_shows_the_committed_results():
+    """In the order of the help of `python -m examples.sparse_attention.serve_report`."""
     document = DOCUMENT.read_text()
-    if RESULT.exists():
-        section = serve_report.markdown(json.loads(RESULT.read_text()))
-    else:
-        section = "No result is committed yet."
-    assert serve_report.replace_section(document, section) == document
+    results = [json.loads((RESULTS / f"serve_{gpu}.json").read_text()) for gpu in ("h200", "h100")]
+    assert serve_report.replace_section(document, serve_report.section(results)) == document
 
 
 def test_statistics_are_milliseconds():

@@ -3,10 +3,11 @@
 """Results of the serving benchmark: files, tables, the picture, and the section of the docs.
 
     python -m examples.sparse_attention.serve_report \
+        examples/sparse_attention/results/serve_h200.json \
         examples/sparse_attention/results/serve_h100.json --docs docs/sparse_attention.md
 
-rewrites the figures in the documentation, and the picture beside it, from a committed result. A
-test holds the two together. Without `--docs` the full table is printed.
+rewrites the figures in the documentation from committed results, and the picture beside it from the
+first of them. A test holds them together. Without `--docs` the full tables are printed.
 """
 
 from __future__ import annotations
@@ -67,6 +68,13 @@ def tpot_ratio(ours: Record, baseline: Record) -> float:
     return float(baseline["tpot_ms"]["median"] / ours["tpot_ms"]["median"])
 
 
+def step_ratio(ours: Record, baseline: Record) -> float | None:
+    """The same of the median step that nobody awaits; None if a result has no such steps."""
+    if "step_ms" not in ours or "step_ms" not in baseline:
+        return None
+    return float(baseline["step_ms"]["median"] / ours["step_ms"]["median"])
+
+
 def agreement(is_same: bool | None) -> str:
     """For the tables; None where nothing was to agree."""
     return {True: "yes", False: "NO", None: "-"}[is_same]
@@ -76,7 +84,7 @@ def format_table(records: list[Record]) -> str:
     """One line per cell and implementation."""
     header = (
         f"{'batch':>5} {'input':>7} {'top-k':<5} {'TTFT ms':>22} {'TPOT ms':>22} {'ITL ms':>22} "
-        f"{'tokens/s':>9} {'req/s':>7} {'share':>6} {'bound':>6}  same sets, tokens"
+        f"{'step ms':>7} {'tokens/s':>9} {'req/s':>7} {'share':>6} {'bound':>6}  same sets, tokens"
     )
     units = f"{'':>19} " + f"{'mean / median / P99':>22} " * 3
     rows = [header, units.rstrip()]
@@ -87,6 +95,7 @@ def format_table(records: list[Record]) -> str:
         )
         rows.append(
             f"{r['batch']:>5} {r['input_len']:>7} {r['implementation']:<5} {times} "
+            f"{format(r['step_ms']['median'], '.3g') if 'step_ms' in r else '-':>7} "
             f"{r['output_tokens_per_s']:>9,.0f} {r['requests_per_s']:>7.1f} "
             f"{r['top_k_share']:>6.1%} {r['bound']:>5.2f}x  "
             f"{agreement(r['same_sets'])}, {agreement(r['same_tokens'])}"
@@ -95,14 +104,18 @@ def format_table(records: list[Record]) -> str:
 
 
 def gains(records: list[Record]) -> list[str]:
-    """One sentence per cell: TPOT of the chosen implementation against the baseline."""
-    return [
-        f"batch {ours['batch']}, input {ours['input_len']}: median TPOT "
-        f"{baseline['implementation']} {baseline['tpot_ms']['median']:.3f} -> "
-        f"{ours['implementation']} {ours['tpot_ms']['median']:.3f} ms, "
-        f"{tpot_ratio(ours, baseline):.2f}x"
-        for ours, baseline in pairs(records)
-    ]
+    """One sentence per cell: the chosen implementation against the baseline."""
+    sentences = []
+    for ours, baseline in pairs(records):
+        sentence = (
+            f"batch {ours['batch']}, input {ours['input_len']}: median TPOT "
+            f"{baseline['implementation']} {baseline['tpot_ms']['median']:.3f} -> "
+            f"{ours['implementation']} {ours['tpot_ms']['median']:.3f} ms, "
+            f"{tpot_ratio(ours, baseline):.2f}x"
+        )
+        by_step = step_ratio(ours, baseline)
+        sentences.append(sentence if by_step is None else f"{sentence}; step {by_step:.2f}x")
+    return sentences
 
 
 def device_line(header: dict[str, Any]) -> str:
@@ -117,7 +130,7 @@ def device_line(header: dict[str, Any]) -> str:
 
 
 def markdown(result: Result) -> str:
-    """The figures as the documentation shows them: one row per cell, then the picture.
+    """The figures of a result as the documentation shows them: one row per cell.
 
     Times are medians; the result file has means and 99th percentiles too.
     """
@@ -130,22 +143,29 @@ def markdown(result: Result) -> str:
     chosen, baseline = (LABELS.get(r["implementation"], r["implementation"]) for r in compared[0])
     # xla too, unless it is one of the two.
     has_xla = baseline != "xla" and chosen != "xla"
+    by_step = [step_ratio(ours, theirs) for ours, theirs in compared]
+    has_steps = None not in by_step
     rows = [
         f"| batch | tokens in the cache | TPOT ms, {chosen} | TPOT ms, {baseline} | ratio | "
         + ("TPOT ms, xla | " if has_xla else "")
+        + (f"step ms, {chosen} | step ms, {baseline} | ratio | " if has_steps else "")
         + f"output tokens/s, {chosen} | {baseline} | share of top-k, {chosen} | {baseline} | "
         f"bound for {baseline} | same sets | same tokens |",
-        "|" + "---|" * (12 + has_xla),
+        "|" + "---|" * (12 + has_xla + 3 * has_steps),
     ]
     for cell in cells_of(result["records"]):
         for ours, theirs in pairs(list(cell.values())):
             length = ours["input_len"]
             same_sets = all(record["same_sets"] for record in cell.values())
             xla = f"{cell['xla']['tpot_ms']['median']:.3f} | " if has_xla else ""
+            steps = ""
+            if has_steps:
+                steps = "".join(f"{r['step_ms']['median']:.3f} | " for r in (ours, theirs))
+                steps += f"{step_ratio(ours, theirs):.2f} | "
             rows.append(
                 f"| {ours['batch']} | {length if isinstance(length, str) else f'{length:,}'} | "
                 f"{ours['tpot_ms']['median']:.3f} | {theirs['tpot_ms']['median']:.3f} | "
-                f"{tpot_ratio(ours, theirs):.2f} | {xla}"
+                f"{tpot_ratio(ours, theirs):.2f} | {xla}{steps}"
                 f"{ours['output_tokens_per_s']:,.0f} | {theirs['output_tokens_per_s']:,.0f} | "
                 f"{ours['top_k_share']:.1%} | {theirs['top_k_share']:.1%} | "
                 f"{theirs['bound']:.2f} | "
@@ -157,6 +177,12 @@ def markdown(result: Result) -> str:
         f"TPOT with {chosen} is shorter in {better} of {len(ratios)} cells; the ratio to "
         f"{baseline} is {min(ratios):.2f} to {max(ratios):.2f}."
     )
+    if has_steps:
+        known = [ratio for ratio in by_step if ratio is not None]
+        summary += (
+            f" Of steps that nobody awaits, {sum(ratio > 1 for ratio in known)} are shorter, by "
+            f"{min(known):.2f} to {max(known):.2f}."
+        )
     left_out = result["header"]["left_out"]
     missing = [f"Not measured within the time budget: {'; '.join(left_out)}."] if left_out else []
     return "\n\n".join(
@@ -164,17 +190,22 @@ def markdown(result: Result) -> str:
             f"{device_line(result['header'])}; medians.",
             "\n".join(rows),
             "\n".join([summary, *missing]),
-            f"![Median time per output token]({PICTURE})",
         ]
     )
 
 
-def replace_section(document: str, section: str) -> str:
+def section(results: list[Result]) -> str:
+    """All that the documentation shows of results: the figures, and the picture of the first."""
+    first, *others = map(markdown, results)
+    return "\n\n".join([first, f"![Median time per output token]({PICTURE})", *others])
+
+
+def replace_section(document: str, text: str) -> str:
     """The document with what stands between the two marks replaced."""
     pattern = re.compile(f"{re.escape(BEGIN)}.*?{re.escape(END)}", re.DOTALL)
     if len(pattern.findall(document)) != 1:
         raise ValueError(f"the document needs exactly one section from {BEGIN!r} to {END!r}")
-    return pattern.sub(lambda _: f"{BEGIN}\n\n{section}\n\n{END}", document)
+    return pattern.sub(lambda _: f"{BEGIN}\n\n{text}\n\n{END}", document)
 
 
 def plot(result: Result, path: str) -> None:
@@ -210,22 +241,25 @@ def plot(result: Result, path: str) -> None:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Prints a result, or writes it into the documentation."""
+    """Prints results, or writes them into the documentation."""
     parser = command.new_parser("examples.sparse_attention.serve_report", __doc__)
-    parser.add_argument("result", help="file that serve wrote with --json")
+    parser.add_argument("results", nargs="+", help="files that serve wrote with --json")
     parser.add_argument("--docs", help=f"document to write the figures into, {PICTURE} beside it")
     args = parser.parse_args(arguments)
-    result = json.loads(pathlib.Path(args.result).read_text())
+    results = [json.loads(pathlib.Path(path).read_text()) for path in args.results]
     if not args.docs:
-        print(format_table(result["records"]) + "\n\n" + "\n".join(gains(result["records"])))
+        for result in results:
+            records = result["records"]
+            print(f"{device_line(result['header'])}\n\n{format_table(records)}\n")
+            print("\n".join(gains(records)) + "\n")
         return 0
     document = pathlib.Path(args.docs)
     try:
-        document.write_text(replace_section(document.read_text(), markdown(result)))
+        document.write_text(replace_section(document.read_text(), section(results)))
     except ValueError as error:
         print(error, file=sys.stderr)
         return 2
-    plot(result, str(document.with_name(PICTURE)))
+    plot(results[0], str(document.with_name(PICTURE)))
     print(f"wrote {document} and {document.with_name(PICTURE)}")
     return 0
 
