@@ -715,29 +715,37 @@ class Work:
 
 def test_a_gpu_is_busy_while_a_chain_is_dispatched(monkeypatch):
     log = []
+    enough = 8  # passes that take longer than dispatching
+    is_compiled = False
 
     def reads(passes):
         def start(data):
             assert data.nbytes == 4096
             log.append(f"read {passes} times")
-            return Work(log, passes // 16)  # done at once with less than 16 passes
+            return Work(log, 1 if is_compiled and passes >= enough else 0)
 
         return start
 
     def chain(*arguments):
+        nonlocal is_compiled
+        is_compiled = True  # from the next call on
         log.append(f"chain {arguments}")
         return Work(log, 0), "second"
 
     monkeypatch.setattr(implementations, "busy_function", reads)
     busy = runner._Busy(4096)
     call = runner._waiting(chain, 0, 1, 2, busy=busy)
-    assert call()[1] == "second"
-    assert log == ["read 8 times", "chain (1, 2)", "ready?", "wait for work"]
+    assert busy.covers(call)
+    assert busy.passes == 8
+    enough = 16
     assert busy.covers(call)
     assert busy.passes == 16
-    monkeypatch.setattr(runner._Busy, "MOST_PASSES", 16)
-    monkeypatch.setattr(implementations, "busy_function", lambda _: lambda _: Work(log, 0))
+    log.clear()
+    assert call()[1] == "second"
+    assert log == ["read 16 times", "chain (1, 2)", "ready?", "wait for work"]
+    enough = 1000
     assert not busy.covers(call)
+    assert busy.passes == runner._Busy.MOST_PASSES
 
 
 def test_a_chain_that_may_hold_dispatch_is_reported(fake_gpu, monkeypatch):

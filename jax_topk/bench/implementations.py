@@ -29,7 +29,7 @@ Selector = Callable[[Array, Array | None], tuple[Array | None, Array]]
 IMPOSSIBLE = -5
 """No index is so low, but the compiler cannot know: a comparison with it carries a dependency."""
 
-CHAIN_STEPS = {"cuda": (16, 80), "dependency_floor": (16, 80)}
+CHAIN_STEPS = {"cuda": (16, 208), "dependency_floor": (16, 208)}
 """Steps of the short and the long chain; the faster a step, the longer the chain it takes."""
 DEFAULT_CHAIN_STEPS = (2, 6)
 
