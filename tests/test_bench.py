@@ -424,7 +424,7 @@ def test_kernels_on_a_gpu_are_timed_in_a_chain_and_behind_others(tmp_path):
     metrics = f"{GRAPH},{OTHERS}"
     done = subprocess.run(
         [sys.executable, "-m", "jax_topk.bench", "--implementation", "cuda", "--metric", metrics]
-        + ["--rows", "2", "--length", "131072", "--json", str(path)],
+        + ["--rows", "2", "--length", "8192", "--json", str(path)],
         # This process has most of the memory already.
         env=os.environ | {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"},
         capture_output=True,
@@ -433,7 +433,7 @@ def test_kernels_on_a_gpu_are_timed_in_a_chain_and_behind_others(tmp_path):
     assert done.returncode == 0, done.stdout + done.stderr
     records = results.load(path).records
     us = {record.metric: record.us for record in records if record.implementation == "cuda"}
-    # Behind others, data and instructions come from memory.
+    # Behind others, data and instructions come from memory: 4 and 9 us on an H200.
     assert 1 < us[GRAPH] < us[OTHERS] < 100
 
 
@@ -508,9 +508,7 @@ FAKE_BLOCK = Block(
     implementations=("cuda",),
     metrics=(GRAPH,),
 )
-QUICK = runner.Settings(
-    launches=5, replays=4, budget_s=0.0, min_rounds=2, max_rounds=2, busy_bytes=0
-)
+QUICK = runner.Settings(launches=5, replays=4, budget_s=0.0, min_rounds=2, max_rounds=2)
 
 
 @pytest.fixture
@@ -696,69 +694,6 @@ def test_chains_in_jit_come_with_their_floor(fake_gpu, monkeypatch):
     assert not lines
     assert [r.implementation for r in records] == ["cuda", "lax", "dependency_floor", "cuda", "lax"]
     assert {r.verified for r in records} == {"certificate+oracle", "floor"}
-
-
-class Work:
-    """A result that is ready after a number of questions."""
-
-    def __init__(self, log, duration):
-        self.log, self.left = log, duration
-
-    def is_ready(self):
-        self.log.append("ready?")
-        self.left -= 1
-        return self.left < 0
-
-    def block_until_ready(self):
-        self.log.append("wait for work")
-
-
-def test_a_gpu_is_busy_while_a_chain_is_dispatched(monkeypatch):
-    log = []
-    enough = 8  # passes that take longer than dispatching
-    is_compiled = False
-
-    def reads(passes):
-        def start(data):
-            assert data.nbytes == 4096
-            log.append(f"read {passes} times")
-            return Work(log, 1 if is_compiled and passes >= enough else 0)
-
-        return start
-
-    def chain(*arguments):
-        nonlocal is_compiled
-        is_compiled = True  # from the next call on
-        log.append(f"chain {arguments}")
-        return Work(log, 0), "second"
-
-    monkeypatch.setattr(implementations, "busy_function", reads)
-    busy = runner._Busy(4096)
-    call = runner._waiting(chain, 0, 1, 2, busy=busy)
-    assert busy.covers(call)
-    assert busy.passes == 8
-    enough = 16
-    assert busy.covers(call)
-    assert busy.passes == 16
-    log.clear()
-    assert call()[1] == "second"
-    assert log == ["read 16 times", "chain (1, 2)", "ready?", "wait for work"]
-    enough = 1000
-    assert not busy.covers(call)
-    assert busy.passes == runner._Busy.MOST_PASSES
-
-
-def test_a_chain_that_may_hold_dispatch_is_reported(fake_gpu, monkeypatch):
-    block = dataclasses.replace(
-        FAKE_BLOCK, rows=(2,), lengths=(40,), implementations=("lax",), metrics=(JIT,)
-    )
-    bench_runner, _, lines = fake_gpu(block)
-    bench_runner.settings = dataclasses.replace(QUICK, busy_bytes=4096)
-    monkeypatch.setattr(runner._Busy, "covers", lambda self, call: call() is None)
-    records = run(bench_runner, block)
-    assert [r.verified for r in records] == ["certificate+oracle"]
-    assert len(lines) == 1
-    assert "may hold dispatch" in lines[0]
 
 
 def test_natural_metrics_put_the_kernel_next_to_lax(fake_gpu):

@@ -29,7 +29,7 @@ Selector = Callable[[Array, Array | None], tuple[Array | None, Array]]
 IMPOSSIBLE = -5
 """No index is so low, but the compiler cannot know: a comparison with it carries a dependency."""
 
-CHAIN_STEPS = {"cuda": (16, 208), "dependency_floor": (16, 208)}
+CHAIN_STEPS = {"cuda": (16, 80), "dependency_floor": (16, 80)}
 """Steps of the short and the long chain; the faster a step, the longer the chain it takes."""
 DEFAULT_CHAIN_STEPS = (2, 6)
 
@@ -140,22 +140,6 @@ def dependency_function(steps: int) -> Callable[[Array, Array], Any]:
         return (lengths,)
 
     return jax.jit(chain)
-
-
-@functools.cache
-def busy_function(passes: int) -> Callable[[Array], Array]:
-    """Reads an int32 array `passes` times, each after the one before: keeps a device busy.
-
-    Memory is what it takes most of, not power, so that clocks stay as they are.
-    """
-
-    def read(data: Array) -> Array:
-        greatest = jnp.int32(0)
-        for _ in range(passes):
-            greatest = jnp.max(data ^ greatest)
-        return greatest
-
-    return jax.jit(read)
 
 
 # --- launches in a CUDA graph ---------------------------------------------------------------------

@@ -8,7 +8,6 @@ need nothing else, and therefore no compilation per cell.
 from __future__ import annotations
 
 import dataclasses
-import functools
 import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -45,7 +44,6 @@ class Settings:
         budget_s: seconds per cell and metric for what is sampled in rounds.
         min_rounds: rounds taken even beyond the budget.
         max_rounds: rounds taken at most.
-        busy_bytes: what keeps a GPU busy while the host dispatches a chain; 0: nothing does.
     """
 
     launches: int = 20
@@ -53,7 +51,6 @@ class Settings:
     budget_s: float = 0.2
     min_rounds: int = 5
     max_rounds: int = 60
-    busy_bytes: int = 1 << 30
 
 
 HostResult = tuple[np.ndarray, np.ndarray]
@@ -130,7 +127,6 @@ class Runner:
         self._batch: tuple[Any, Batch] | None = None
         self._floors: set[Any] = set()
         self._available: dict[str, bool] = {}
-        self._busy: _Busy | None = None
 
     # --- what to measure --------------------------------------------------------------------------
 
@@ -331,7 +327,6 @@ class Runner:
     ) -> list[Record]:
         operand = batch.rows(case.rows)
         lengths = wait(batch.lengths(case)[1][: case.rows])
-        busy = self._busy_device() if metric == JIT else None
         given = None if case.length == "full" and metric == CALL else lengths
         calls: dict[str, Callable[[], Any]] = {}
         steps: dict[str, tuple[int, int]] = {}
@@ -346,7 +341,7 @@ class Runner:
                 )
                 for index, count in enumerate(steps[name]):
                     chain = implementations.chain_function(select, count)
-                    calls[f"{name}/{index}"] = _waiting(chain, 0, operand, lengths, busy=busy)
+                    calls[f"{name}/{index}"] = _waiting(chain, 0, operand, lengths)
         floor = (case.rows, case.k, case.dtype, case.width)
         if (
             metric == JIT
@@ -360,15 +355,10 @@ class Runner:
             indices = jnp.zeros((case.rows, case.k), jnp.int32)
             for index, count in enumerate(steps[name]):
                 chain = implementations.dependency_function(count)
-                calls[f"{name}/{index}"] = _waiting(chain, 0, indices, lengths, busy=busy)
+                calls[f"{name}/{index}"] = _waiting(chain, 0, indices, lengths)
 
         checked = {name: name if metric == CALL else f"{name}/1" for name in names}
         before = {name: _result(calls[call]()) for name, call in checked.items()}
-        if busy is not None and not all(busy.covers(calls[f"{name}/1"]) for name in steps):
-            self._say(
-                f"jit_chain_us of {case} may hold dispatch: the device was done with "
-                f"{busy.passes} reads of {self.settings.busy_bytes} bytes before the host was"
-            )
         samples = interleave(
             calls,
             budget_s=self.settings.budget_s * len(calls),
@@ -389,12 +379,6 @@ class Runner:
                 verified = self._verify_all(case, batch, name, [(*before[name], 0), (*after, 0)])
             records.append(self._record(case, name, metric, stats, verified))
         return records
-
-    def _busy_device(self) -> _Busy | None:
-        """What keeps a GPU busy, made when first asked for."""
-        if self.platform == "gpu" and self.settings.busy_bytes and self._busy is None:
-            self._busy = _Busy(self.settings.busy_bytes)
-        return self._busy
 
     # --- proof ------------------------------------------------------------------------------------
 
@@ -478,55 +462,15 @@ class Runner:
         return Record.of_case(case, name, metric, stats.median, verified, stats.as_dict())
 
 
-class _Busy:
-    """Keeps a device busy while the host dispatches what is timed.
-
-    Submitting a command buffer takes the host a time that grows with its nodes. On an idle device
-    that would be part of a chain's slope; behind other work, as in a decode step, it is not.
-    """
-
-    MOST_PASSES = (
-        32  # 8 ms on an H200: what varies from one reading to the next gets into the slope
-    )
-
-    def __init__(self, num_bytes: int):
-        self._data = wait(jnp.zeros(num_bytes // 4, jnp.int32))
-        self.passes = 8
-        self._is_early = False  # done before the host, in the last call
-
-    def around(self, dispatch: Callable[[], Any]) -> Any:
-        """Dispatches behind work of the device."""
-        work = implementations.busy_function(self.passes)(self._data)
-        results = dispatch()
-        self._is_early = work.is_ready()
-        return results
-
-    def covers(self, call: Callable[[], Any]) -> bool:
-        """Lengthens the work until it takes longer than dispatching in `call`; whether it does.
-
-        `call` waits for its results.
-        """
-        call()  # so that it compiles nothing below
-        while True:
-            implementations.busy_function(self.passes)(self._data).block_until_ready()
-            call()
-            if not self._is_early or self.passes == self.MOST_PASSES:
-                return not self._is_early
-            self.passes *= 2
-
-
-def _waiting(
-    function: Callable[..., Any], awaited: int, *arguments: Any, busy: _Busy | None = None
-) -> Callable[[], Any]:
+def _waiting(function: Callable[..., Any], awaited: int, *arguments: Any) -> Callable[[], Any]:
     """A call that returns its results when the one at index `awaited`, and so all, are ready.
 
     Results are dropped before the next call, so that XLA's allocator hands out the same addresses
     and a recorded command buffer stays valid.
     """
-    dispatch = functools.partial(function, *arguments)
 
     def call() -> Any:
-        results = dispatch() if busy is None else busy.around(dispatch)
+        results = function(*arguments)
         results[awaited].block_until_ready()
         return results
 

@@ -12,9 +12,7 @@ Four metrics, all in microseconds per selection:
 - `jit_chain_us`: selections inside one jitted function, each of which depends on the result before
   it. A chain of n and a chain of m steps are timed in turn; the slope, (long - short) / (m - n),
   holds the selection and the small kernel that carries the dependency, but neither dispatch nor
-  synchronisation: a GPU is kept busy with 2 ms of reads while the host submits a chain. (On an idle
-  one the slope held the host's time per node of a command buffer, half a microsecond and more.)
-  The floor of that small kernel is its own record (`dependency_floor`).
+  synchronisation. The floor of that small kernel is its own record (`dependency_floor`).
 - `call_us`: one call of a jitted function from Python until its result is ready.
 
 Implementations that are compared take turns within one process (a, b, a, b, ...), so that drift of
