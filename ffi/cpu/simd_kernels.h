@@ -240,14 +240,23 @@ void Ranks(const Key* keys, int64_t size, int32_t* ranks) {
   for (int64_t base = 0; base < padded; base += kVectorLanes) {
     IntVector mine;
     std::memcpy(&mine, ordered + base, sizeof(mine));
-    IntVector rank = {};
-    // A comparison is -1 where it holds. Equal keys come first if they are before this vector.
-    for (int64_t j = 0; j < base; ++j) rank -= (ordered[j] >= mine);
+    // Two sums, since each waits for its last comparison. A comparison is -1 where it holds. Equal
+    // keys come first if they are before this vector: of those before, all but the lower ones do.
+    IntVector rank = IntVector{} + static_cast<int32_t>(base);
+    IntVector rest = {};
+    for (int64_t j = 0; j < base; j += 2) {
+      rank += (ordered[j] < mine);
+      rest += (ordered[j + 1] < mine);
+    }
     for (int32_t j = 0; j < kVectorLanes; ++j) {
       const int32_t other = ordered[base + j];
       rank -= (other > mine) | ((other == mine) & (j < lane));
     }
-    for (int64_t j = base + kVectorLanes; j < padded; ++j) rank -= (ordered[j] > mine);
+    for (int64_t j = base + kVectorLanes; j < padded; j += 2) {
+      rank -= (ordered[j] > mine);
+      rest -= (ordered[j + 1] > mine);
+    }
+    rank += rest;
     std::memcpy(ranks + base, &rank, sizeof(rank));
   }
 }
