@@ -12,9 +12,9 @@
 namespace jax_topk::cpu {
 
 int64_t SelectCapacity(int64_t length, int64_t k) {
-  // More than k entries beyond the k best, so that a cut is rare; and enough to hold what the
-  // estimate lets through where k is small.
-  constexpr int64_t kSpare = 1024;
+  // As many entries beyond the k best, so that cuts cost no more than the scan between them. Few
+  // more: on a plateau everything passes until the first cut raises the threshold.
+  constexpr int64_t kSpare = 128;
   return std::min(length, 2 * k + kSpare) + kScanBlock;
 }
 
