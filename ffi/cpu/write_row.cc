@@ -50,7 +50,9 @@ void Pad(int64_t num_written, const RowResults<Bits>& results) {
 
 }  // namespace
 
-int64_t SortCapacity(int64_t length, int64_t k) { return std::min(length, kMaxSortedPerK * k); }
+int64_t SortCapacity(int64_t length, int64_t k) {
+  return length <= kMaxRanked ? 0 : std::min(length, kMaxSortedPerK * k);  // few are ranked
+}
 
 template <typename Bits>
 void WriteBestFirst(Candidates& candidates, Key order_mask, SortBuffer& buffer,
