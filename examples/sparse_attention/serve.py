@@ -28,8 +28,8 @@ clocks hit both alike.
             is one decode step; `--prefill computed` runs the prompts through the model before.
     TPOT    time per output token of a request after the first
     ITL     inter-token latency, every single gap
-    step    of as many steps, enqueued one after the other, with none awaited but the last: from the
-            first one's start to the end, per step
+    step    time per step of as many steps that are enqueued at once, from the first one's start to
+            the end of the last, the only one that is awaited
 
 Every cell is also checked. The scores of its first step are computed once, and all
 implementations must select the same set from them: if they do not, one of them is wrong. And all

@@ -63,16 +63,14 @@ def pairs(records: list[Record]) -> list[tuple[Record, Record]]:
     return found
 
 
-def tpot_ratio(ours: Record, baseline: Record) -> float:
-    """How many times shorter the chosen implementation's median TPOT is."""
-    return float(baseline["tpot_ms"]["median"] / ours["tpot_ms"]["median"])
+def ratio(ours: Record, baseline: Record, figure: str) -> float:
+    """How many times shorter the chosen implementation's median is: of `tpot_ms` or `step_ms`."""
+    return float(baseline[figure]["median"] / ours[figure]["median"])
 
 
-def step_ratio(ours: Record, baseline: Record) -> float | None:
-    """The same of the median step that nobody awaits; None if a result has no such steps."""
-    if "step_ms" not in ours or "step_ms" not in baseline:
-        return None
-    return float(baseline["step_ms"]["median"] / ours["step_ms"]["median"])
+def has_steps(records: list[Record]) -> bool:
+    """Whether a result has steps that nobody awaits; older ones have not."""
+    return all("step_ms" in record for record in records)
 
 
 def agreement(is_same: bool | None) -> str:
@@ -111,10 +109,11 @@ def gains(records: list[Record]) -> list[str]:
             f"batch {ours['batch']}, input {ours['input_len']}: median TPOT "
             f"{baseline['implementation']} {baseline['tpot_ms']['median']:.3f} -> "
             f"{ours['implementation']} {ours['tpot_ms']['median']:.3f} ms, "
-            f"{tpot_ratio(ours, baseline):.2f}x"
+            f"{ratio(ours, baseline, 'tpot_ms'):.2f}x"
         )
-        by_step = step_ratio(ours, baseline)
-        sentences.append(sentence if by_step is None else f"{sentence}; step {by_step:.2f}x")
+        if has_steps(records):
+            sentence += f"; step {ratio(ours, baseline, 'step_ms'):.2f}x"
+        sentences.append(sentence)
     return sentences
 
 
@@ -143,15 +142,14 @@ def markdown(result: Result) -> str:
     chosen, baseline = (LABELS.get(r["implementation"], r["implementation"]) for r in compared[0])
     # xla too, unless it is one of the two.
     has_xla = baseline != "xla" and chosen != "xla"
-    by_step = [step_ratio(ours, theirs) for ours, theirs in compared]
-    has_steps = None not in by_step
+    with_steps = has_steps(result["records"])
     rows = [
         f"| batch | tokens in the cache | TPOT ms, {chosen} | TPOT ms, {baseline} | ratio | "
         + ("TPOT ms, xla | " if has_xla else "")
-        + (f"step ms, {chosen} | step ms, {baseline} | ratio | " if has_steps else "")
+        + (f"step ms, {chosen} | step ms, {baseline} | ratio | " if with_steps else "")
         + f"output tokens/s, {chosen} | {baseline} | share of top-k, {chosen} | {baseline} | "
         f"bound for {baseline} | same sets | same tokens |",
-        "|" + "---|" * (12 + has_xla + 3 * has_steps),
+        "|" + "---|" * (12 + has_xla + 3 * with_steps),
     ]
     for cell in cells_of(result["records"]):
         for ours, theirs in pairs(list(cell.values())):
@@ -159,29 +157,29 @@ def markdown(result: Result) -> str:
             same_sets = all(record["same_sets"] for record in cell.values())
             xla = f"{cell['xla']['tpot_ms']['median']:.3f} | " if has_xla else ""
             steps = ""
-            if has_steps:
+            if with_steps:
                 steps = "".join(f"{r['step_ms']['median']:.3f} | " for r in (ours, theirs))
-                steps += f"{step_ratio(ours, theirs):.2f} | "
+                steps += f"{ratio(ours, theirs, 'step_ms'):.2f} | "
             rows.append(
                 f"| {ours['batch']} | {length if isinstance(length, str) else f'{length:,}'} | "
                 f"{ours['tpot_ms']['median']:.3f} | {theirs['tpot_ms']['median']:.3f} | "
-                f"{tpot_ratio(ours, theirs):.2f} | {xla}{steps}"
+                f"{ratio(ours, theirs, 'tpot_ms'):.2f} | {xla}{steps}"
                 f"{ours['output_tokens_per_s']:,.0f} | {theirs['output_tokens_per_s']:,.0f} | "
                 f"{ours['top_k_share']:.1%} | {theirs['top_k_share']:.1%} | "
                 f"{theirs['bound']:.2f} | "
                 f"{agreement(same_sets)} | {agreement(ours['same_tokens'])} |"
             )
-    ratios = [tpot_ratio(ours, theirs) for ours, theirs in compared]
-    better = sum(ratio > 1 for ratio in ratios)
+    ratios = [ratio(ours, theirs, "tpot_ms") for ours, theirs in compared]
+    better = sum(times > 1 for times in ratios)
     summary = (
         f"TPOT with {chosen} is shorter in {better} of {len(ratios)} cells; the ratio to "
         f"{baseline} is {min(ratios):.2f} to {max(ratios):.2f}."
     )
-    if has_steps:
-        known = [ratio for ratio in by_step if ratio is not None]
+    if with_steps:
+        by_step = [ratio(ours, theirs, "step_ms") for ours, theirs in compared]
         summary += (
-            f" Of steps that nobody awaits, {sum(ratio > 1 for ratio in known)} are shorter, by "
-            f"{min(known):.2f} to {max(known):.2f}."
+            f" Of steps that nobody awaits, {sum(times > 1 for times in by_step)} are shorter, by "
+            f"{min(by_step):.2f} to {max(by_step):.2f}."
         )
     left_out = result["header"]["left_out"]
     missing = [f"Not measured within the time budget: {'; '.join(left_out)}."] if left_out else []

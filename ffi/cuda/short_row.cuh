@@ -766,8 +766,8 @@ __device__ __forceinline__ ShortSelection<T, kTurns> SelectCrowded(const Cta& ct
   return selection;
 }
 
-// What is selected of a row of which few are: of `selection`, if that has ties, or else as
-// SelectCrowded finds. Not inlined, see kernel.cuh.
+// What is selected of a rare row: of `selection`, if that has ties, or else as SelectCrowded
+// finds. Not inlined, see kernel.cuh.
 template <typename T, int kTurns>
 __device__ __noinline__ TurnBits<T, kTurns> SelectRare(Cta cta, StoredTile<T> tile,
                                                        ShortSelection<T, kTurns> selection,
