@@ -419,9 +419,9 @@ def test_steps_of_the_dependency_floor_are_kernels_of_their_own():
 
 @pytest.mark.gpu
 @pytest.mark.skipif("not has_gpu()")
-def test_kernels_on_a_gpu_are_timed_in_a_chain_and_behind_others(tmp_path):
+def test_kernels_on_a_gpu_are_timed_in_a_chain_behind_others_and_in_jit(tmp_path):
     path = tmp_path / "bench.json"
-    metrics = f"{GRAPH},{OTHERS}"
+    metrics = f"{GRAPH},{OTHERS},{JIT}"
     done = subprocess.run(
         [sys.executable, "-m", "jax_topk.bench", "--implementation", "cuda", "--metric", metrics]
         + ["--rows", "2", "--length", "8192", "--json", str(path)],
@@ -435,6 +435,9 @@ def test_kernels_on_a_gpu_are_timed_in_a_chain_and_behind_others(tmp_path):
     us = {record.metric: record.us for record in records if record.implementation == "cuda"}
     # Behind others, data and instructions come from memory: 4 and 9 us on an H200.
     assert 1 < us[GRAPH] < us[OTHERS] < 100
+    # In a jitted chain a kernel lies between two selections, and none of the host's time.
+    floor = next(record.us for record in records if record.implementation == "dependency_floor")
+    assert us[GRAPH] < us[JIT] < us[GRAPH] + floor + 2
 
 
 # --- the runner, with a CUDA module of its own ----------------------------------------------------
@@ -683,9 +686,8 @@ def test_chains_in_jit_come_with_their_floor(fake_gpu, monkeypatch):
         return real({"cuda": "xla"}.get(name, name), *rest)
 
     monkeypatch.setattr(implementations, "selector", on_xla)
-    monkeypatch.setattr(
-        implementations, "CHAIN_STEPS", {"cuda": (1, 3), "dependency_floor": (1, 3)}
-    )
+    monkeypatch.setattr(implementations, "CHAIN_STEPS", {"cuda": 2, "dependency_floor": 2})
+    monkeypatch.setattr(implementations, "_OCCUPY_SIDE", 4)
     block = dataclasses.replace(
         FAKE_BLOCK, rows=(2,), lengths=(40, 500), implementations=("cuda", "lax"), metrics=(JIT,)
     )
@@ -694,6 +696,21 @@ def test_chains_in_jit_come_with_their_floor(fake_gpu, monkeypatch):
     assert not lines
     assert [r.implementation for r in records] == ["cuda", "lax", "dependency_floor", "cuda", "lax"]
     assert {r.verified for r in records} == {"certificate+oracle", "floor"}
+
+
+def test_chained_calls_run_as_many_steps_as_they_say(monkeypatch):
+    monkeypatch.setattr(implementations, "_OCCUPY_SIDE", 4)
+    lengths = jnp.array([7, 5, 0], jnp.int32)
+
+    def chain(operand, lengths):
+        return lengths + operand, lengths
+
+    for count in (1, 4):
+        for occupy in (False, True):
+            call = implementations.chained_calls(chain, count, jnp.int32(2), lengths, occupy=occupy)
+            end, before = call()
+            np.testing.assert_array_equal(end, lengths + 2 * count)
+            np.testing.assert_array_equal(before, end - 2)
 
 
 def test_natural_metrics_put_the_kernel_next_to_lax(fake_gpu):
@@ -1095,7 +1112,7 @@ def test_large_cpu_cells_are_proven_by_the_certificate(monkeypatch):
         implementations=("cpu", "lax"),
         metrics=(CALL, JIT),
     )
-    monkeypatch.setattr(implementations, "DEFAULT_CHAIN_STEPS", (1, 2))
+    monkeypatch.setattr(implementations, "DEFAULT_CHAIN_STEPS", 2)
     records = run(runner.Runner("cpu", QUICK), block)
     assert len(records) == 16
     assert {r.verified for r in records} == {"certificate+oracle"}

@@ -46,7 +46,7 @@ examples:
 metrics:
   graph_chain_us    the kernel alone: back-to-back launches in one CUDA graph, per launch
   behind_others_us  the kernel behind others that drive it out of the caches, as in a decode step
-  jit_chain_us      inside one jitted function: slope of a chain of dependent selections
+  jit_chain_us      inside a jitted function: a step of a chain of dependent selections
   call_us           one call of a jitted function from Python
 README tables and plots: python -m jax_topk.bench.report"""
 

@@ -329,7 +329,7 @@ class Runner:
         lengths = wait(batch.lengths(case)[1][: case.rows])
         given = None if case.length == "full" and metric == CALL else lengths
         calls: dict[str, Callable[[], Any]] = {}
-        steps: dict[str, tuple[int, int]] = {}
+        steps: dict[str, int] = {}
         for name in names:
             plan = case.plan if name == "cuda" else ""
             select = implementations.selector(name, case.k, case.output, plan)
@@ -339,9 +339,8 @@ class Runner:
                 steps[name] = implementations.CHAIN_STEPS.get(
                     name, implementations.DEFAULT_CHAIN_STEPS
                 )
-                for index, count in enumerate(steps[name]):
-                    chain = implementations.chain_function(select, count)
-                    calls[f"{name}/{index}"] = _waiting(chain, 0, operand, lengths)
+                chain = implementations.chain_function(select, steps[name])
+                calls |= self._chained(name, chain, operand, lengths)
         floor = (case.rows, case.k, case.dtype, case.width)
         if (
             metric == JIT
@@ -353,9 +352,8 @@ class Runner:
             name = "dependency_floor"
             steps[name] = implementations.CHAIN_STEPS[name]
             indices = jnp.zeros((case.rows, case.k), jnp.int32)
-            for index, count in enumerate(steps[name]):
-                chain = implementations.dependency_function(count)
-                calls[f"{name}/{index}"] = _waiting(chain, 0, indices, lengths)
+            chain = implementations.dependency_function(steps[name])
+            calls |= self._chained(name, chain, indices, lengths)
 
         checked = {name: name if metric == CALL else f"{name}/1" for name in names}
         before = {name: _result(calls[call]()) for name, call in checked.items()}
@@ -370,15 +368,26 @@ class Runner:
             if metric == CALL:
                 stats = Stats.of(samples[name])
             else:
-                short, long = steps[name]
-                per_step = slopes(samples[f"{name}/0"], samples[f"{name}/1"], long - short)
-                stats = Stats.of(per_step)
+                few, many = implementations.CHAIN_CALLS
+                more = (many - few) * steps[name]
+                stats = Stats.of(slopes(samples[f"{name}/0"], samples[f"{name}/1"], more))
             verified = "floor"
             if name in names:
                 after = _result(calls[checked[name]]())
                 verified = self._verify_all(case, batch, name, [(*before[name], 0), (*after, 0)])
             records.append(self._record(case, name, metric, stats, verified))
         return records
+
+    def _chained(
+        self, name: str, chain: Callable[..., Any], operand: Any, lengths: Any
+    ) -> dict[str, Callable[[], Any]]:
+        """The calls whose slope is the time of a step."""
+        return {
+            f"{name}/{index}": implementations.chained_calls(
+                chain, count, operand, lengths, occupy=self.platform == "gpu"
+            )
+            for index, count in enumerate(implementations.CHAIN_CALLS)
+        }
 
     # --- proof ------------------------------------------------------------------------------------
 

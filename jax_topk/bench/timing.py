@@ -9,10 +9,13 @@ Four metrics, all in microseconds per selection:
   instructions and data out of the caches as the rest of a decode step does: one executes 256 KB of
   instructions, one reads 200 MB, and one reads the operand, whose scores some kernel has just
   written. What they take with an empty kernel in the launch's place is subtracted.
-- `jit_chain_us`: selections inside one jitted function, each of which depends on the result before
-  it. A chain of n and a chain of m steps are timed in turn; the slope, (long - short) / (m - n),
-  holds the selection and the small kernel that carries the dependency, but neither dispatch nor
-  synchronisation. The floor of that small kernel is its own record (`dependency_floor`).
+- `jit_chain_us`: selections inside a jitted function, each of which depends on the result before
+  it, as a decode step's layers do. One call, and five of which only the last is awaited, are timed
+  in turn; their difference, divided by the steps of four calls, is a step's time: the selection and
+  the small kernel that carries the dependency. On a GPU the calls are dispatched while it computes
+  something else, so that no dispatch or synchronisation is in the figure, unless the host is so
+  slow that the device catches up with it. The floor of that small kernel is its own record
+  (`dependency_floor`). The suite over several devices takes the slope of a short and a long chain.
 - `call_us`: one call of a jitted function from Python until its result is ready.
 
 Implementations that are compared take turns within one process (a, b, a, b, ...), so that drift of
