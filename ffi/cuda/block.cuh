@@ -63,7 +63,7 @@ struct SharedHeader {
   uint32_t num_own;                // open keys that were copied from them
   uint32_t pivot_key;              // see UpToGreatest too
   uint32_t pivot_ties;             // see RankDirectly
-  uint4 found[2];                  // see FindRanks, FindSpread, RankBySpreading
+  uint4 found[2];                  // see FindRanks, FindSpread
   uint4 warp_keys[kWarps];         // see FindKeys
   PartCounts warp_counts[kWarps];  // see SumOverWarps
   uint32_t turn_sums[2][kMaxCountWords][kWarps];  // see TurnPlaces

@@ -158,6 +158,23 @@ __device__ __forceinline__ PartCounts CountMasks(Cta& cta, const RunMasks& masks
 // one by one. Of sorted values one CTA has all of the row's, and few threads have them.
 __device__ __forceinline__ bool IsDense(uint32_t num_open) { return num_open > 2 * kThreads; }
 
+// The lowest two bits of a word that is not zero, so that what they stand for is waited for
+// together.
+struct BitPair {
+  uint32_t bits[2];  // the second may be zero, and stands for element 0 then
+  __device__ __forceinline__ int First() const { return __ffs(bits[0]) - 1; }
+  __device__ __forceinline__ int Second() const { return max(__ffs(bits[1]), 1) - 1; }
+};
+__device__ __forceinline__ BitPair TakeBits(uint32_t* left) {
+  BitPair pair;
+#pragma unroll
+  for (uint32_t& bit : pair.bits) {
+    bit = *left & (0 - *left);
+    *left ^= bit;
+  }
+  return pair;
+}
+
 // Writes the thread's open keys to cta.own, which holds those of the CTA in no order, and pads
 // them. The ties of a bracket that is a single key are not needed. In: header->num_own is zero,
 // ordered by a barrier. Ends without one.
@@ -180,7 +197,14 @@ __device__ __forceinline__ void CollectOpenKeys(const Cta& cta, const Run& run, 
     }
   }
 #pragma unroll 1
-  for (; open != 0; open &= open - 1) *place++ = KeyInRun<T>(run, __ffs(open) - 1, flip);
+  while (open != 0) {
+    const BitPair pair = TakeBits(&open);
+    const uint32_t first = KeyInRun<T>(run, pair.First(), flip);
+    const uint32_t second = KeyInRun<T>(run, pair.Second(), flip);
+    place[0] = first;
+    if (pair.bits[1] != 0) place[1] = second;
+    place += 2;
+  }
 }
 
 // `bits` without its `count` highest set bits.

@@ -217,6 +217,10 @@ __device__ __forceinline__ float FastSquareRoot(float a) { return a * rsqrtf(a);
 __device__ __forceinline__ uint32_t UpperHalves(uint32_t first, uint32_t second) {
   return __byte_perm(first, second, 0x7632);
 }
+// The lower halves of two words, the first one's in the lower half.
+__device__ __forceinline__ uint32_t LowerHalves(uint32_t first, uint32_t second) {
+  return __byte_perm(first, second, 0x5410);
+}
 // 0xffff in each half whose sign bit is set, else 0.
 __device__ __forceinline__ uint32_t SignsOfHalves(uint32_t halves) {
   uint32_t signs;

@@ -55,6 +55,12 @@ struct TurnBits {
   __device__ __forceinline__ void SetTurn(int turn, uint32_t bits) {
     words[turn / kTurnsPerWord] |= bits << (turn % kTurnsPerWord * T::kPerVector);
   }
+  __device__ __forceinline__ bool Any() const {
+    uint32_t any = 0;
+#pragma unroll
+    for (int word = 0; word < kWords; ++word) any |= words[word];
+    return any != 0;
+  }
   __device__ __forceinline__ void Add(const TurnBits& others) {
 #pragma unroll
     for (int word = 0; word < kWords; ++word) words[word] |= others.words[word];
@@ -80,10 +86,20 @@ struct StoredTile {
   __device__ __forceinline__ uint4 Vector(int turn) const {
     return LoadShared(slots + turn * kThreads);
   }
-  // By number, without a sign so that divisions are shifts.
+  // By number, without a sign so that divisions are shifts. How far an element is behind the
+  // thread's first one, in positions and in elements of shared memory.
+  __device__ __forceinline__ static uint32_t Distance(uint32_t i) {
+    return i / T::kPerVector * (kThreads * T::kPerVector) + i % T::kPerVector;
+  }
   __device__ __forceinline__ int32_t Position(uint32_t i) const {
-    return position +
-           static_cast<int32_t>(i / T::kPerVector * (kThreads * T::kPerVector) + i % T::kPerVector);
+    return position + static_cast<int32_t>(Distance(i));
+  }
+  __device__ __forceinline__ uint32_t KeyAt(uint32_t distance) const {
+    if constexpr (T::kBytes == 4) {
+      return T::Key(reinterpret_cast<const uint32_t*>(slots)[distance], flip);
+    } else {
+      return T::Key(reinterpret_cast<const uint16_t*>(slots)[distance], flip);
+    }
   }
   __device__ __forceinline__ uint32_t Key(uint32_t i) const {
     const uint4* vector = slots + i / T::kPerVector * kThreads;
@@ -510,38 +526,67 @@ __device__ __forceinline__ void WriteShortRow(const Cta& cta, const StoredTile<T
   }
 }
 
-// Two of a thread's open elements, so that they are waited for together.
+// One of a thread's open elements: its bit and its number. No bit and any number if there is none.
+template <typename T, int kTurns>
+struct OpenElement {
+  TurnBits<T, kTurns> bit;
+  uint32_t number;
+};
+template <typename T, int kTurns>
+__device__ __forceinline__ OpenElement<T, kTurns> TakeElement(TurnBits<T, kTurns>* open) {
+  OpenElement<T, kTurns> first{{}, 0};
+  bool is_first = true;
+#pragma unroll
+  for (int word = 0; word < open->kWords; ++word) {
+    const uint32_t left = open->words[word];
+    first.bit.words[word] = is_first ? left & (0 - left) : 0;
+    if (is_first && left != 0) first.number = 32 * word + __ffs(left) - 1;
+    is_first = is_first && left == 0;
+    open->words[word] ^= first.bit.words[word];
+  }
+  return first;
+}
+
+// Two of them, so that they are waited for together.
 struct OpenPair {
   uint32_t bits[2];  // in their words; zero if there is none, which the first one may be too
   uint32_t words[2];
-  uint32_t elements[2];  // any if there is none
+  uint32_t numbers[2];  // any if there is none
 };
-// Calls visit(pair) for all of them: two of a word, or one of each of two words.
-template <typename T, int kTurns, typename Visit>
-__device__ __forceinline__ void VisitOpenPairs(const TurnBits<T, kTurns>& open, Visit visit) {
-  constexpr int kLast = open.kWords - 1;
-  static_assert(kLast <= 1, "at most two words");
-  uint32_t left = open.words[0], others = kLast == 0 ? 0 : open.words[kLast];
-#pragma unroll 1
-  while ((left | others) != 0) {
-    OpenPair pair;
+// Takes the first and the last of a word, or the first of each of two words.
+template <typename T, int kTurns>
+__device__ __forceinline__ OpenPair TakePair(TurnBits<T, kTurns>* open) {
+  static_assert(open->kWords <= 2, "a word for each");
+  OpenPair pair;
+  if constexpr (open->kWords == 1) {
+    uint32_t& left = open->words[0];
     pair.bits[0] = left & (0 - left);
-    left ^= pair.bits[0];
-    uint32_t& second = kLast == 0 ? left : others;
-    pair.bits[1] = second & (0 - second);
-    second ^= pair.bits[1];
-    pair.words[0] = 0;
-    pair.words[1] = kLast;
+    pair.numbers[0] = static_cast<uint32_t>(max(__ffs(left), 1) - 1);
+    pair.numbers[1] = static_cast<uint32_t>(31 - __clz(left | 1));
+    pair.bits[1] = (1u << pair.numbers[1]) & left & ~pair.bits[0];
+    pair.words[0] = pair.words[1] = 0;
+    left &= ~(pair.bits[0] | pair.bits[1]);
+  } else {
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
-      pair.elements[i] =
-          32 * pair.words[i] + static_cast<uint32_t>(max(__ffs(pair.bits[i]), 1) - 1);
+      uint32_t& left = open->words[i];
+      pair.bits[i] = left & (0 - left);
+      left ^= pair.bits[i];
+      pair.words[i] = i;
+      pair.numbers[i] = 32 * i + static_cast<uint32_t>(max(__ffs(pair.bits[i]), 1) - 1);
     }
-    visit(pair);
   }
+  return pair;
 }
 
-// Calls visit(word, bit, element) for a thread's open elements.
+// Calls visit(pair) for all of a thread's open elements.
+template <typename T, int kTurns, typename Visit>
+__device__ __forceinline__ void VisitOpenPairs(TurnBits<T, kTurns> open, Visit visit) {
+#pragma unroll 1
+  while (open.Any()) visit(TakePair(&open));
+}
+
+// Calls visit(word, bit, number) for each of them.
 template <typename T, int kTurns, typename Visit>
 __device__ __forceinline__ void VisitOpen(const TurnBits<T, kTurns>& open, Visit visit) {
 #pragma unroll
@@ -575,140 +620,239 @@ __device__ __forceinline__ bool IsAmongFirst(const uint32_t* keys, const uint32_
   return before < rank;
 }
 
-// Bins that spread the open elements, the keys that each has room for, and the most elements that
-// are spread: of so few hardly any bin has more keys than room.
+// Bins that spread the open elements, the elements that each has room for, and the most that are
+// spread: of so few hardly any bin has more than room.
 constexpr int kSpreadBins = 128;
-constexpr uint32_t kKeysPerBin = 12;
+constexpr uint32_t kSpreadRoom = 12;
 template <typename T>
 constexpr uint32_t kMaxSpread = T::kBits == 32 ? 5 * kSpreadBins : 1024;
 
-// Finds the key of a rank (1-based) among the open elements of an even bin of a 16-bit type, by
-// counting each of its keys. In: the histogram is zero, ordered by a barrier. One barrier.
+// Adds the `rank` first of the open elements of an even bin of a 16-bit type, by counting each of
+// its keys; those of the lowest key are given as ties unless all of them are. In: the histogram is
+// zero, ordered by a barrier. One barrier.
 template <typename T, int kTurns>
-__device__ __forceinline__ DirectPivot RankByCounting(const Cta& cta, const StoredTile<T>& tile,
-                                                      const TurnBits<T, kTurns>& open,
-                                                      uint32_t coarse_bin, uint32_t rank) {
+__device__ __forceinline__ void AddByCounting(const Cta& cta, const StoredTile<T>& tile,
+                                              const TurnBits<T, kTurns>& open, uint32_t coarse_bin,
+                                              uint32_t rank, ShortSelection<T, kTurns>* selection) {
   static_assert(T::kKeysPerStep <= 32, "a key for each lane");
-  VisitOpenPairs(open, [&](const OpenPair& pair) {
+  const auto look_at = [&](const OpenPair& pair, uint32_t* from_top) {
+#pragma unroll
+    for (int i = 0; i < 2; ++i) from_top[i] = ~tile.Key(pair.numbers[i]) % T::kKeysPerStep;
+  };
+  const auto count_both = [&](const OpenPair& pair, const uint32_t* from_top) {
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
-      const uint32_t from_top = ~tile.Key(pair.elements[i]) % T::kKeysPerStep;
-      atomicAdd(&cta.bins[pair.bits[i] != 0 ? from_top : kBins], 1u);
+      atomicAdd(&cta.bins[pair.bits[i] != 0 ? from_top[i] : kBins], 1u);
     }
-  });
+  };
+  TurnBits<T, kTurns> others = open;
+  const OpenPair own = TakePair(&others);  // most threads have no more: they stay in registers
+  uint32_t own_from_top[2];
+  if (open.Any()) {
+    look_at(own, own_from_top);
+    count_both(own, own_from_top);
+    VisitOpenPairs(others, [&](const OpenPair& pair) {
+      uint32_t from_top[2];
+      look_at(pair, from_top);
+      count_both(pair, from_top);
+    });
+  }
+  SyncWarp();     // after loops of different lengths
   SyncThreads();  // counts before their reads
   const int lane = UseHere(cta.lane);
   const uint32_t count = cta.bins[lane];
   const uint32_t reached = WarpInclusiveSum(lane, count);
-  const int holder = __ffs(WarpBallot(reached >= rank)) - 1;
-  const uint32_t num_equal = WarpBroadcast(count, holder);
-  const uint32_t above = WarpBroadcast(reached, holder) - num_equal;
-  return DirectPivot{CoarseKeys<T>(coarse_bin).highest - static_cast<uint32_t>(holder),
-                     rank - above, num_equal};
+  const uint32_t holder = static_cast<uint32_t>(__ffs(WarpBallot(reached >= rank))) - 1;
+  const uint32_t num_equal = WarpBroadcast(count, static_cast<int>(holder));
+  const uint32_t num_ties = rank - (WarpBroadcast(reached, static_cast<int>(holder)) - num_equal);
+  const bool drops_ties = num_equal > num_ties;
+  selection->tied_key = CoarseKeys<T>(coarse_bin).highest - holder;
+  if (drops_ties) selection->num_ties = num_ties;
+  const uint32_t end = holder + !drops_ties;
+  const auto add = [&](const OpenPair& pair, const uint32_t* from_top) {
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      const uint32_t word = pair.words[i];
+      if (from_top[i] < end) selection->selected.words[word] |= pair.bits[i];
+      if (from_top[i] == holder) selection->ties.words[word] |= pair.bits[i];
+    }
+  };
+  if (open.Any()) {
+    add(own, own_from_top);
+    VisitOpenPairs(others, [&](const OpenPair& pair) {
+      uint32_t from_top[2];
+      look_at(pair, from_top);
+      add(pair, from_top);
+    });
+  }
+  SyncWarp();  // after loops of different lengths
 }
 
-// The same of float32, by bins of their own, which keep their keys. Returns whether the rank's bin
-// had room for all of its own. In: the histogram is zero, ordered by a barrier. Two barriers.
+// How many words are greater.
+__device__ __forceinline__ uint32_t CountGreater(uint32_t count, const uint4& words,
+                                                 uint32_t word) {
+  count = CountCarry(count, words.x, ~word);
+  count = CountCarry(count, words.y, ~word);
+  count = CountCarry(count, words.z, ~word);
+  return CountCarry(count, words.w, ~word);
+}
+
+// Adds the `rank` first of the open elements of an even bin of float32, by bins of their own, which
+// keep them: every warp finds the bin of the rank, and the threads compare their own elements of it
+// with the others. Returns whether that bin had room for all of its own; if not, nothing is added.
+// In: the histogram is zero, ordered by a barrier. One barrier.
 template <typename T, int kTurns>
-__device__ __forceinline__ bool RankBySpreading(const Cta& cta, const StoredTile<T>& tile,
-                                                const TurnBits<T, kTurns>& open, uint32_t rank,
-                                                DirectPivot* pivot) {
+__device__ __forceinline__ bool AddBySpreading(const Cta& cta, const StoredTile<T>& tile,
+                                               const TurnBits<T, kTurns>& open, uint32_t rank,
+                                               TurnBits<T, kTurns>* selected) {
   static_assert(kSpreadBins == 4 * 32, "a vector of bins for each lane");
-  static_assert(kKeysPerBin == 12 && kSpreadBins * (1 + kKeysPerBin) <= kBins,
-                "three vectors of keys");
+  static_assert(kSpreadRoom == 12 && kSpreadBins * (1 + kSpreadRoom) <= kBins,
+                "three vectors of words");
   constexpr int kShift = 11;
   static_assert(T::kKeysPerStep == kSpreadBins << kShift, "the keys of a coarse bin");
-  uint32_t* keys = cta.bins + kSpreadBins;  // of each bin, behind the counts
-  VisitOpenPairs(open, [&](const OpenPair& pair) {
-    uint32_t key[2], bin[2], place[2];
+  static_assert(kShift <= 16 && kThreads * kLargeTurns<T> * T::kPerVector <= 1 << 16,
+                "what tells a bin's elements apart, and their numbers, are halves of a word");
+  uint32_t* kept = cta.bins + kSpreadBins;  // words of each bin, behind the counts
+  const uint32_t first_number = static_cast<uint32_t>(cta.thread * T::kPerVector);
+  // A word is greater if the key is, or with equal keys the position is lower.
+  const auto look_at = [&](const OpenPair& pair, uint32_t* bin, uint32_t* word) {
+    uint32_t distance[2], key[2];
 #pragma unroll
-    for (int i = 0; i < 2; ++i) key[i] = tile.Key(pair.elements[i]);
+    for (int i = 0; i < 2; ++i) {
+      distance[i] = tile.Distance(pair.numbers[i]);
+      key[i] = tile.KeyAt(distance[i]);
+    }
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
       bin[i] = ~key[i] >> kShift & (kSpreadBins - 1);
+      word[i] = LowerHalves(~first_number - distance[i], key[i]);
+    }
+  };
+  const auto spread = [&](const OpenPair& pair, const uint32_t* bin, const uint32_t* word) {
+    uint32_t place[2];
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
       place[i] = FetchAndAdd(&cta.bins[bin[i]], pair.bits[i] != 0 ? 1 : 0);
     }
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
-      if (pair.bits[i] != 0 && place[i] < kKeysPerBin) {
-        keys[kKeysPerBin * bin[i] + place[i]] = key[i];
+      if (pair.bits[i] != 0 && place[i] < kSpreadRoom) {
+        kept[kSpreadRoom * bin[i] + place[i]] = word[i];
       }
     }
-  });
-  SyncThreads();  // counts and keys before their reads
-  // By one warp, see FindSpreadBin.
-  if (cta.warp == 0) {
-    const uint32_t lane = static_cast<uint32_t>(UseHere(cta.lane));
-    const uint4 counts = LoadShared(reinterpret_cast<const uint4*>(cta.bins) + lane);
-    const uint32_t two = counts.x + counts.y, three = two + counts.z, sum = three + counts.w;
-    const uint32_t before = WarpInclusiveSum(cta.lane, sum) - sum;
-    const uint32_t inner = rank - 1 - before;  // unsigned: below `sum` in one lane alone
-    const bool is_second = inner >= counts.x, is_third = inner >= two, is_last = inner >= three;
-    const uint32_t bin = 4 * lane + is_second + is_third + is_last;
-    const uint32_t above = before + (is_last ? three : is_third ? two : is_second ? counts.x : 0);
-    const uint32_t inside = is_last     ? counts.w
-                            : is_third  ? counts.z
-                            : is_second ? counts.y
-                                        : counts.x;
-    const int holder = 31 - __clz(WarpBallot(inner < sum));
-    const uint32_t found = WarpBroadcast(bin | above << 8 | inside << 20, holder);
-    const uint32_t own_rank = rank - (found >> 8 & 0xfffu);
-    // Behind the last key there are zeros, the key of none here.
-    const uint32_t* of_bin = keys + kKeysPerBin * (found & 0xffu);
-    const uint32_t key = of_bin[min(lane, kKeysPerBin - 1)];
-    KeysAhead ahead;
-    ahead.Count(LoadShared(reinterpret_cast<const uint4*>(of_bin)), key);
-    if (Unlikely(found >> 20 > 4)) {
-      ahead.Count(LoadShared(reinterpret_cast<const uint4*>(of_bin) + 1), key);
-      ahead.Count(LoadShared(reinterpret_cast<const uint4*>(of_bin) + 2), key);
-    }
-    const bool has_room = found >> 20 <= kKeysPerBin;
-    const bool has_rank = ahead.greater < own_rank && own_rank <= ahead.reached;
-    // One of those that have the rank, or any if that is not known.
-    if (cta.lane == 31 - __clz(WarpBallot(!has_room || has_rank))) {
-      cta.header->found[0] =
-          make_uint4(key, own_rank - ahead.greater, ahead.reached - ahead.greater, has_room);
-    }
+  };
+  TurnBits<T, kTurns> others = open;
+  const OpenPair own = TakePair(&others);  // most threads have no more: they stay in registers
+  uint32_t own_bins[2], own_words[2];
+  if (open.Any()) {
+    look_at(own, own_bins, own_words);
+    spread(own, own_bins, own_words);
+    VisitOpenPairs(others, [&](const OpenPair& pair) {
+      uint32_t bin[2], word[2];
+      look_at(pair, bin, word);
+      spread(pair, bin, word);
+    });
   }
-  SyncThreads();  // the pivot before its reads
-  const uint4 found = LoadShared(&cta.header->found[0]);
-  *pivot = DirectPivot{found.x, found.y, found.z};
-  return found.w != 0;
+  SyncWarp();     // after loops of different lengths
+  SyncThreads();  // counts and words before their reads
+  const uint32_t lane = static_cast<uint32_t>(UseHere(cta.lane));
+  const uint4 counts = LoadShared(reinterpret_cast<const uint4*>(cta.bins) + lane);
+  const uint32_t two = counts.x + counts.y, three = two + counts.z, sum = three + counts.w;
+  const uint32_t before = WarpInclusiveSum(cta.lane, sum) - sum;
+  const uint32_t inner = rank - 1 - before;  // unsigned: below `sum` in one lane alone
+  const bool is_second = inner >= counts.x, is_third = inner >= two, is_last = inner >= three;
+  const uint32_t last_bin = 4 * lane + is_second + is_third + is_last;
+  const uint32_t above = before + (is_last ? three : is_third ? two : is_second ? counts.x : 0);
+  const uint32_t inside = is_last     ? counts.w
+                          : is_third  ? counts.z
+                          : is_second ? counts.y
+                                      : counts.x;
+  const int holder = 31 - __clz(WarpBallot(inner < sum));
+  const uint32_t found = WarpBroadcast(last_bin | above << 8 | inside << 20, holder);
+  if (Unlikely(found >> 20 > kSpreadRoom)) return false;
+  const uint32_t bin_of_rank = found & 0xffu;
+  const uint32_t rank_in_bin = rank - (found >> 8 & 0xfffu);
+  const bool has_many = found >> 20 > 4;
+  // Behind the last word there are zeros, which are greater than none.
+  const auto* of_bin = reinterpret_cast<const uint4*>(kept + kSpreadRoom * bin_of_rank);
+  const uint4 first_words = LoadShared(of_bin);
+  const auto add = [&](const OpenPair& pair, const uint32_t* bin, const uint32_t* word) {
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      uint32_t greater = CountGreater(0, first_words, word[i]);
+      if (Unlikely(has_many)) {
+        greater = CountGreater(greater, LoadShared(of_bin + 1), word[i]);
+        greater = CountGreater(greater, LoadShared(of_bin + 2), word[i]);
+      }
+      if (bin[i] < bin_of_rank || (bin[i] == bin_of_rank && greater < rank_in_bin)) {
+        selected->words[pair.words[i]] |= pair.bits[i];
+      }
+    }
+  };
+  if (open.Any()) {
+    add(own, own_bins, own_words);
+    VisitOpenPairs(others, [&](const OpenPair& pair) {
+      uint32_t bin[2], word[2];
+      look_at(pair, bin, word);
+      add(pair, bin, word);
+    });
+  }
+  SyncWarp();  // after loops of different lengths
+  return true;
 }
 
-// Collects the open elements, of which none is the lowest key: too many elements are not selected,
-// and not above so few open ones. With their positions if they are ranked by their threads. One
-// barrier.
+// Collects the keys of the open elements, of which none is the lowest: too many elements are not
+// selected, and not above so few open ones. One barrier.
 template <typename T, int kTurns>
 __device__ __forceinline__ void CollectOpen(const Cta& cta, const StoredTile<T>& tile,
-                                            const TurnBits<T, kTurns>& open, uint32_t count,
-                                            bool is_by_owner) {
+                                            const TurnBits<T, kTurns>& open, uint32_t count) {
   static_assert(kThreads * kFewTurns<T> * T::kPerVector - kMaxK > kMaxDirect, "of any tile");
   uint32_t* own = reinterpret_cast<uint32_t*>(cta.own);
-  PadOpenKeys(cta, count, is_by_owner ? uint32_t{kMaxByOwner} : PadToChunk(count));
-  uint32_t* positions = own + kMaxByOwner;
+  PadOpenKeys(cta, count, PadToChunk(count));
   VisitOpen(open, [&](int, uint32_t, int element) {
-    const uint32_t place = FetchAndAdd(&cta.header->num_own, 1u);
-    own[place] = tile.Key(element);
-    if (is_by_owner) positions[place] = static_cast<uint32_t>(tile.Position(element));
+    own[FetchAndAdd(&cta.header->num_own, 1u)] = tile.Key(element);
   });
   SyncThreads();  // the open keys before their reads
 }
 
-// Adds the `rank` first of `count` open elements, at most kMaxByOwner: each thread asks for its
-// own.
+// Adds the `rank` first of `count` open elements, at most kMaxByOwner, of which none is the lowest
+// key: each thread asks for its own. Most have one at most, which stays in registers. One barrier.
 template <typename T, int kTurns>
 __device__ __forceinline__ void AddByOwner(const Cta& cta, const StoredTile<T>& tile,
                                            const TurnBits<T, kTurns>& open, uint32_t count,
                                            uint32_t rank, TurnBits<T, kTurns>* selected) {
-  CollectOpen(cta, tile, open, count, /*is_by_owner=*/true);
-  const uint32_t* own = reinterpret_cast<const uint32_t*>(cta.own);
-  VisitOpen(open, [&](int word, uint32_t bit, int element) {
-    if (IsAmongFirst(own, own + kMaxByOwner, count, tile.Key(element),
-                     static_cast<uint32_t>(tile.Position(element)), rank)) {
-      selected->words[word] |= bit;
+  uint32_t* own = reinterpret_cast<uint32_t*>(cta.own);
+  uint32_t* positions = own + kMaxByOwner;
+  PadOpenKeys(cta, count, kMaxByOwner);
+  const auto collect = [&](uint32_t key, uint32_t position) {
+    const uint32_t place = FetchAndAdd(&cta.header->num_own, 1u);
+    own[place] = key;
+    positions[place] = position;
+  };
+  TurnBits<T, kTurns> others = open;
+  const OpenElement<T, kTurns> first = TakeElement(&others);
+  uint32_t first_key = 0, first_position = 0;
+  if (open.Any()) {
+    first_key = tile.Key(first.number);
+    first_position = static_cast<uint32_t>(tile.Position(first.number));
+    collect(first_key, first_position);
+    VisitOpen(others, [&](int, uint32_t, int element) {
+      collect(tile.Key(element), static_cast<uint32_t>(tile.Position(element)));
+    });
+  }
+  SyncWarp();     // after loops of different lengths
+  SyncThreads();  // the open keys before their reads
+  if (open.Any()) {
+    if (IsAmongFirst(own, positions, count, first_key, first_position, rank)) {
+      selected->Add(first.bit);
     }
-  });
+    VisitOpen(others, [&](int word, uint32_t bit, int element) {
+      if (IsAmongFirst(own, positions, count, tile.Key(element),
+                       static_cast<uint32_t>(tile.Position(element)), rank)) {
+        selected->words[word] |= bit;
+      }
+    });
+  }
   SyncWarp();  // after loops of different lengths
 }
 
@@ -724,7 +868,7 @@ __device__ __forceinline__ void AddByPivot(const StoredTile<T>& tile,
   VisitOpenPairs(open, [&](const OpenPair& pair) {
     uint32_t key[2];
 #pragma unroll
-    for (int i = 0; i < 2; ++i) key[i] = tile.Key(pair.elements[i]);
+    for (int i = 0; i < 2; ++i) key[i] = tile.Key(pair.numbers[i]);
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
       const uint32_t bit = pair.bits[i];
@@ -758,7 +902,7 @@ __device__ __forceinline__ ShortSelection<T, kTurns> SelectCrowded(const Cta& ct
   } else if (estimate.inside <= kMaxByOwner) {
     AddByOwner(cta, tile, masks.open, estimate.inside, rank, &selection.selected);
   } else {
-    CollectOpen(cta, tile, masks.open, estimate.inside, /*is_by_owner=*/false);
+    CollectOpen(cta, tile, masks.open, estimate.inside);
     const uint32_t* own = reinterpret_cast<const uint32_t*>(cta.own);
     AddByPivot(tile, masks.open, RankDirectly(cta, own, PadToChunk(estimate.inside), rank),
                &selection);
@@ -766,19 +910,16 @@ __device__ __forceinline__ ShortSelection<T, kTurns> SelectCrowded(const Cta& ct
   return selection;
 }
 
-// What is selected of a rare row: of `selection`, if that has ties, or else as SelectCrowded
-// finds. Not inlined, see kernel.cuh.
+// What is selected of a rare row. Not inlined, see kernel.cuh.
 template <typename T, int kTurns>
 __device__ __noinline__ TurnBits<T, kTurns> SelectRare(Cta cta, StoredTile<T> tile,
-                                                       ShortSelection<T, kTurns> selection,
                                                        Estimate estimate,
                                                        TurnMasks<T, kTurns> masks, uint32_t k,
                                                        uint32_t capacity) {
   cta = KnownShared(cta);
   tile.slots = KnownShared(tile.slots);
-  if (selection.num_ties == 0) {
-    selection = SelectCrowded(cta, tile, estimate, masks, k, capacity);
-  }
+  const ShortSelection<T, kTurns> selection =
+      SelectCrowded(cta, tile, estimate, masks, k, capacity);
   return selection.num_ties == 0 ? selection.selected : AddFirstTies(cta, tile, selection);
 }
 
@@ -808,29 +949,24 @@ __device__ __forceinline__ void SelectShortRow(Cta& cta, const TopKArgs& args,
   if (estimate.inside <= min(uint32_t{kMaxByOwner}, capacity)) {
     AddByOwner(cta, tile, masks.open, estimate.inside, rank, &selection.selected);
   } else {
-    DirectPivot pivot;
-    bool has_pivot = false;
+    bool is_done = false;
     if (IsEvenBin(bin) && estimate.inside <= min(kMaxSpread<T>, capacity)) {
       if constexpr (T::kBits == 32) {
-        has_pivot = RankBySpreading<T, kTurns>(cta, tile, masks.open, rank, &pivot);
-        if (!has_pivot) {
+        is_done = AddBySpreading(cta, tile, masks.open, rank, &selection.selected);
+        if (Unlikely(!is_done)) {
+          SyncThreads();  // the last reads of the histogram before it is cleared
           ClearBins(cta);
           SyncThreads();  // the cleared histogram before its use
         }
       } else {
-        pivot = RankByCounting<T, kTurns>(cta, tile, masks.open, bin, rank);
-        has_pivot = true;
+        AddByCounting(cta, tile, masks.open, bin, rank, &selection);
+        if (selection.num_ties != 0) selection.selected = AddFirstTies(cta, tile, selection);
+        is_done = true;
       }
     }
-    if (has_pivot) AddByPivot(tile, masks.open, pivot, &selection);
-    // Ties are common among values of 16 bits.
-    constexpr bool kAreTiesRare = T::kBits == 32;
-    if (Unlikely(!has_pivot || (kAreTiesRare && selection.num_ties != 0))) {
+    if (Unlikely(!is_done)) {
       estimate.bracket = CoarseKeys<T>(bin);
-      selection.selected =
-          SelectRare<T, kTurns>(cta, tile, selection, estimate, masks, k, capacity);
-    } else if (!kAreTiesRare && selection.num_ties != 0) {
-      selection.selected = AddFirstTies(cta, tile, selection);
+      selection.selected = SelectRare<T, kTurns>(cta, tile, estimate, masks, k, capacity);
     }
   }
   WriteShortRow(cta, tile, selection.selected, output);

@@ -159,11 +159,15 @@ struct TileSource {
     }
     const KeyTest<T> test(selection.pivot, flip);
 #pragma unroll 1
-    for (; open != 0; open &= open - 1) {
-      const uint32_t word = BitsInRun<T>(run, __ffs(open) - 1) ^ test.mask;
-      const uint32_t bit = open & (0 - open);
-      if (word > test.key) greater |= bit;
-      if (word == test.key) equal |= bit;
+    while (open != 0) {
+      const BitPair pair = TakeBits(&open);
+      const uint32_t words[2] = {BitsInRun<T>(run, pair.First()) ^ test.mask,
+                                 BitsInRun<T>(run, pair.Second()) ^ test.mask};
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        if (words[i] > test.key) greater |= pair.bits[i];
+        if (words[i] == test.key) equal |= pair.bits[i];
+      }
     }
     const uint32_t num_equal = __popc(equal);
     const Scan scan = BlockScan(cta, __popc(greater) | num_equal << 16);
@@ -367,7 +371,7 @@ enum class Unsorted {
 
 // A thread's pairs of a row's `count`. `skew`: number of the tile's element at position 0.
 template <typename T, int kTurns>
-__device__ __forceinline__ void TakePairs(const Cta& cta, Unsorted unsorted, int count,
+__device__ __forceinline__ void TakeBitss(const Cta& cta, Unsorted unsorted, int count,
                                           int32_t skew, uint32_t flip, OwnPairs<kTurns>* own) {
   const auto* pairs = reinterpret_cast<const uint2*>(cta.own);
   const auto* positions = reinterpret_cast<const int32_t*>(cta.own);
@@ -413,7 +417,7 @@ __device__ __forceinline__ void SortAndStore(Cta& cta, Unsorted unsorted, int co
   if (count == 0) return;
   ClearBins(cta);
   OwnPairs<kTurns> own;
-  TakePairs<T>(cta, unsorted, count, skew, output.flip, &own);
+  TakeBitss<T>(cta, unsorted, count, skew, output.flip, &own);
   const uint2* sorted = SortPairs<T>(cta, own, count, reinterpret_cast<uint2*>(cta.own),
                                      unsorted == Unsorted::kPairs, cta.spare);
   // Two per store where the row's output allows it: of four, lanes would meet in the same banks.

@@ -97,6 +97,9 @@ uint4 LoadReadOnly(const uint4* pointer);
 inline uint32_t UpperHalves(uint32_t first, uint32_t second) {
   return first >> 16 | (second & 0xffff0000u);
 }
+inline uint32_t LowerHalves(uint32_t first, uint32_t second) {
+  return (first & 0xffffu) | second << 16;
+}
 template <typename Operation>
 uint32_t OnHalves(uint32_t a, uint32_t b, uint32_t c, Operation operation) {
   uint32_t result = 0;
