@@ -586,7 +586,49 @@ __device__ __forceinline__ void VisitOpenPairs(TurnBits<T, kTurns> open, Visit v
   while (open.Any()) visit(TakePair(&open));
 }
 
-// Calls visit(word, bit, number) for each of them.
+// A thread's open elements, looked at twice. Most threads have a pair at most: what was seen of
+// that, a Look of both, stays in registers from the first time to the second.
+template <typename T, int kTurns, typename Look>
+class OpenLooks {
+ public:
+  __device__ __forceinline__ explicit OpenLooks(const TurnBits<T, kTurns>& open)
+      : open_(open), others_(open), own_(TakePair(&others_)) {}
+
+  // Both call visit(pair, look) for all of them, look_at(pair, &look) for what was not kept.
+  template <typename LookAt, typename Visit>
+  __device__ __forceinline__ void First(LookAt look_at, Visit visit) {
+    if (open_.Any()) {
+      look_at(own_, &seen_);
+      visit(own_, seen_);
+      VisitOthers(look_at, visit);
+    }
+    SyncWarp();  // after loops of different lengths
+  }
+  template <typename LookAt, typename Visit>
+  __device__ __forceinline__ void Again(LookAt look_at, Visit visit) const {
+    if (open_.Any()) {
+      visit(own_, seen_);
+      VisitOthers(look_at, visit);
+    }
+    SyncWarp();  // after loops of different lengths
+  }
+
+ private:
+  template <typename LookAt, typename Visit>
+  __device__ __forceinline__ void VisitOthers(LookAt look_at, Visit visit) const {
+    VisitOpenPairs(others_, [&](const OpenPair& pair) {
+      Look look;
+      look_at(pair, &look);
+      visit(pair, look);
+    });
+  }
+
+  TurnBits<T, kTurns> open_, others_;
+  OpenPair own_;
+  Look seen_;
+};
+
+// Calls visit(word, bit, number) for each of a thread's open elements.
 template <typename T, int kTurns, typename Visit>
 __device__ __forceinline__ void VisitOpen(const TurnBits<T, kTurns>& open, Visit visit) {
 #pragma unroll
@@ -635,29 +677,20 @@ __device__ __forceinline__ void AddByCounting(const Cta& cta, const StoredTile<T
                                               const TurnBits<T, kTurns>& open, uint32_t coarse_bin,
                                               uint32_t rank, ShortSelection<T, kTurns>* selection) {
   static_assert(T::kKeysPerStep <= 32, "a key for each lane");
-  const auto look_at = [&](const OpenPair& pair, uint32_t* from_top) {
-#pragma unroll
-    for (int i = 0; i < 2; ++i) from_top[i] = ~tile.Key(pair.numbers[i]) % T::kKeysPerStep;
+  struct Look {
+    uint32_t from_top[2];
   };
-  const auto count_both = [&](const OpenPair& pair, const uint32_t* from_top) {
+  const auto look_at = [&](const OpenPair& pair, Look* look) {
+#pragma unroll
+    for (int i = 0; i < 2; ++i) look->from_top[i] = ~tile.Key(pair.numbers[i]) % T::kKeysPerStep;
+  };
+  OpenLooks<T, kTurns, Look> looks(open);
+  looks.First(look_at, [&](const OpenPair& pair, const Look& look) {
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
-      atomicAdd(&cta.bins[pair.bits[i] != 0 ? from_top[i] : kBins], 1u);
+      atomicAdd(&cta.bins[pair.bits[i] != 0 ? look.from_top[i] : kBins], 1u);
     }
-  };
-  TurnBits<T, kTurns> others = open;
-  const OpenPair own = TakePair(&others);  // most threads have no more: they stay in registers
-  uint32_t own_from_top[2];
-  if (open.Any()) {
-    look_at(own, own_from_top);
-    count_both(own, own_from_top);
-    VisitOpenPairs(others, [&](const OpenPair& pair) {
-      uint32_t from_top[2];
-      look_at(pair, from_top);
-      count_both(pair, from_top);
-    });
-  }
-  SyncWarp();     // after loops of different lengths
+  });
   SyncThreads();  // counts before their reads
   const int lane = UseHere(cta.lane);
   const uint32_t count = cta.bins[lane];
@@ -669,23 +702,14 @@ __device__ __forceinline__ void AddByCounting(const Cta& cta, const StoredTile<T
   selection->tied_key = CoarseKeys<T>(coarse_bin).highest - holder;
   if (drops_ties) selection->num_ties = num_ties;
   const uint32_t end = holder + !drops_ties;
-  const auto add = [&](const OpenPair& pair, const uint32_t* from_top) {
+  looks.Again(look_at, [&](const OpenPair& pair, const Look& look) {
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
       const uint32_t word = pair.words[i];
-      if (from_top[i] < end) selection->selected.words[word] |= pair.bits[i];
-      if (from_top[i] == holder) selection->ties.words[word] |= pair.bits[i];
+      if (look.from_top[i] < end) selection->selected.words[word] |= pair.bits[i];
+      if (look.from_top[i] == holder) selection->ties.words[word] |= pair.bits[i];
     }
-  };
-  if (open.Any()) {
-    add(own, own_from_top);
-    VisitOpenPairs(others, [&](const OpenPair& pair) {
-      uint32_t from_top[2];
-      look_at(pair, from_top);
-      add(pair, from_top);
-    });
-  }
-  SyncWarp();  // after loops of different lengths
+  });
 }
 
 // How many words are greater.
@@ -714,8 +738,11 @@ __device__ __forceinline__ bool AddBySpreading(const Cta& cta, const StoredTile<
                 "what tells a bin's elements apart, and their numbers, are halves of a word");
   uint32_t* kept = cta.bins + kSpreadBins;  // words of each bin, behind the counts
   const uint32_t first_number = static_cast<uint32_t>(cta.thread * T::kPerVector);
-  // A word is greater if the key is, or with equal keys the position is lower.
-  const auto look_at = [&](const OpenPair& pair, uint32_t* bin, uint32_t* word) {
+  struct Look {
+    uint32_t bin[2];
+    uint32_t word[2];  // greater if the key is, or with equal keys the position is lower
+  };
+  const auto look_at = [&](const OpenPair& pair, Look* look) {
     uint32_t distance[2], key[2];
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
@@ -724,36 +751,24 @@ __device__ __forceinline__ bool AddBySpreading(const Cta& cta, const StoredTile<
     }
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
-      bin[i] = ~key[i] >> kShift & (kSpreadBins - 1);
-      word[i] = LowerHalves(~first_number - distance[i], key[i]);
+      look->bin[i] = ~key[i] >> kShift & (kSpreadBins - 1);
+      look->word[i] = LowerHalves(~first_number - distance[i], key[i]);
     }
   };
-  const auto spread = [&](const OpenPair& pair, const uint32_t* bin, const uint32_t* word) {
+  OpenLooks<T, kTurns, Look> looks(open);
+  looks.First(look_at, [&](const OpenPair& pair, const Look& look) {
     uint32_t place[2];
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
-      place[i] = FetchAndAdd(&cta.bins[bin[i]], pair.bits[i] != 0 ? 1 : 0);
+      place[i] = FetchAndAdd(&cta.bins[look.bin[i]], pair.bits[i] != 0 ? 1 : 0);
     }
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
       if (pair.bits[i] != 0 && place[i] < kSpreadRoom) {
-        kept[kSpreadRoom * bin[i] + place[i]] = word[i];
+        kept[kSpreadRoom * look.bin[i] + place[i]] = look.word[i];
       }
     }
-  };
-  TurnBits<T, kTurns> others = open;
-  const OpenPair own = TakePair(&others);  // most threads have no more: they stay in registers
-  uint32_t own_bins[2], own_words[2];
-  if (open.Any()) {
-    look_at(own, own_bins, own_words);
-    spread(own, own_bins, own_words);
-    VisitOpenPairs(others, [&](const OpenPair& pair) {
-      uint32_t bin[2], word[2];
-      look_at(pair, bin, word);
-      spread(pair, bin, word);
-    });
-  }
-  SyncWarp();     // after loops of different lengths
+  });
   SyncThreads();  // counts and words before their reads
   const uint32_t lane = static_cast<uint32_t>(UseHere(cta.lane));
   const uint4 counts = LoadShared(reinterpret_cast<const uint4*>(cta.bins) + lane);
@@ -776,28 +791,19 @@ __device__ __forceinline__ bool AddBySpreading(const Cta& cta, const StoredTile<
   // Behind the last word there are zeros, which are greater than none.
   const auto* of_bin = reinterpret_cast<const uint4*>(kept + kSpreadRoom * bin_of_rank);
   const uint4 first_words = LoadShared(of_bin);
-  const auto add = [&](const OpenPair& pair, const uint32_t* bin, const uint32_t* word) {
+  looks.Again(look_at, [&](const OpenPair& pair, const Look& look) {
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
-      uint32_t greater = CountGreater(0, first_words, word[i]);
+      uint32_t greater = CountGreater(0, first_words, look.word[i]);
       if (Unlikely(has_many)) {
-        greater = CountGreater(greater, LoadShared(of_bin + 1), word[i]);
-        greater = CountGreater(greater, LoadShared(of_bin + 2), word[i]);
+        greater = CountGreater(greater, LoadShared(of_bin + 1), look.word[i]);
+        greater = CountGreater(greater, LoadShared(of_bin + 2), look.word[i]);
       }
-      if (bin[i] < bin_of_rank || (bin[i] == bin_of_rank && greater < rank_in_bin)) {
+      if (look.bin[i] < bin_of_rank || (look.bin[i] == bin_of_rank && greater < rank_in_bin)) {
         selected->words[pair.words[i]] |= pair.bits[i];
       }
     }
-  };
-  if (open.Any()) {
-    add(own, own_bins, own_words);
-    VisitOpenPairs(others, [&](const OpenPair& pair) {
-      uint32_t bin[2], word[2];
-      look_at(pair, bin, word);
-      add(pair, bin, word);
-    });
-  }
-  SyncWarp();  // after loops of different lengths
+  });
   return true;
 }
 
@@ -809,8 +815,8 @@ __device__ __forceinline__ void CollectOpen(const Cta& cta, const StoredTile<T>&
   static_assert(kThreads * kFewTurns<T> * T::kPerVector - kMaxK > kMaxDirect, "of any tile");
   uint32_t* own = reinterpret_cast<uint32_t*>(cta.own);
   PadOpenKeys(cta, count, PadToChunk(count));
-  VisitOpen(open, [&](int, uint32_t, int element) {
-    own[FetchAndAdd(&cta.header->num_own, 1u)] = tile.Key(element);
+  VisitOpen(open, [&](int, uint32_t, int number) {
+    own[FetchAndAdd(&cta.header->num_own, 1u)] = tile.Key(number);
   });
   SyncThreads();  // the open keys before their reads
 }
@@ -836,8 +842,8 @@ __device__ __forceinline__ void AddByOwner(const Cta& cta, const StoredTile<T>& 
     first_key = tile.Key(first.number);
     first_position = static_cast<uint32_t>(tile.Position(first.number));
     collect(first_key, first_position);
-    VisitOpen(others, [&](int, uint32_t, int element) {
-      collect(tile.Key(element), static_cast<uint32_t>(tile.Position(element)));
+    VisitOpen(others, [&](int, uint32_t, int number) {
+      collect(tile.Key(number), static_cast<uint32_t>(tile.Position(number)));
     });
   }
   SyncWarp();     // after loops of different lengths
@@ -846,9 +852,9 @@ __device__ __forceinline__ void AddByOwner(const Cta& cta, const StoredTile<T>& 
     if (IsAmongFirst(own, positions, count, first_key, first_position, rank)) {
       selected->Add(first.bit);
     }
-    VisitOpen(others, [&](int word, uint32_t bit, int element) {
-      if (IsAmongFirst(own, positions, count, tile.Key(element),
-                       static_cast<uint32_t>(tile.Position(element)), rank)) {
+    VisitOpen(others, [&](int word, uint32_t bit, int number) {
+      if (IsAmongFirst(own, positions, count, tile.Key(number),
+                       static_cast<uint32_t>(tile.Position(number)), rank)) {
         selected->words[word] |= bit;
       }
     });

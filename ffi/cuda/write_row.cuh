@@ -371,7 +371,7 @@ enum class Unsorted {
 
 // A thread's pairs of a row's `count`. `skew`: number of the tile's element at position 0.
 template <typename T, int kTurns>
-__device__ __forceinline__ void TakeBitss(const Cta& cta, Unsorted unsorted, int count,
+__device__ __forceinline__ void TakePairs(const Cta& cta, Unsorted unsorted, int count,
                                           int32_t skew, uint32_t flip, OwnPairs<kTurns>* own) {
   const auto* pairs = reinterpret_cast<const uint2*>(cta.own);
   const auto* positions = reinterpret_cast<const int32_t*>(cta.own);
@@ -417,7 +417,7 @@ __device__ __forceinline__ void SortAndStore(Cta& cta, Unsorted unsorted, int co
   if (count == 0) return;
   ClearBins(cta);
   OwnPairs<kTurns> own;
-  TakeBitss<T>(cta, unsorted, count, skew, output.flip, &own);
+  TakePairs<T>(cta, unsorted, count, skew, output.flip, &own);
   const uint2* sorted = SortPairs<T>(cta, own, count, reinterpret_cast<uint2*>(cta.own),
                                      unsorted == Unsorted::kPairs, cta.spare);
   // Two per store where the row's output allows it: of four, lanes would meet in the same banks.

@@ -433,7 +433,7 @@ KERNEL = (
         "last_keys_of_a_full_bin_not_compared",
         EMULATED,
         "ffi/cuda/short_row.cuh",
-        "        greater = CountGreater(greater, LoadShared(of_bin + 2), word[i]);\n",
+        "        greater = CountGreater(greater, LoadShared(of_bin + 2), look.word[i]);\n",
         "",
         "A bin that spreads open elements has three vectors of them, of which two are compared.",
         _emulated("test_open_elements_of_a_short_row"),
