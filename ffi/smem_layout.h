@@ -51,14 +51,18 @@ inline constexpr int kBinVectors = kBins / 4;
 inline constexpr int kClusterSegmentVectors = kBinVectors + kMaxClusterSize;
 inline constexpr int64_t kSumBytes = (kClusterSegmentVectors + kBinVectors) * int64_t{kVectorBytes};
 
-// The list of a streamed part lies in chunks, as many as each warp may leave one unfilled.
+// The list of a streamed part lies in chunks, which a warp takes two at a time or more: as many as
+// each warp may leave one unfilled and one empty.
 inline constexpr int kChunkEntries = 32;
+inline constexpr int kLeastChunks = 2;
 constexpr int64_t NumChunks(int64_t list_capacity) {
-  return (list_capacity + kChunkEntries - 1) / kChunkEntries + kWarps;
+  return (list_capacity + kChunkEntries - 1) / kChunkEntries + kLeastChunks * kWarps;
 }
-// An entry is a key and a position; a chunk has a label and a place in their order, see ListPool.
+// The fewest entries that are dealt to a thread together, see Entries. An entry is a key and a
+// position; a chunk has a label, and each of its groups a place in their order, see ListPool.
+inline constexpr int kFewestEntries = 4;
 constexpr int64_t ListBytes(int64_t list_capacity) {
-  return NumChunks(list_capacity) * (kChunkEntries * 8 + 8);
+  return NumChunks(list_capacity) * (kChunkEntries * 8 + 4 + kChunkEntries / kFewestEntries * 2);
 }
 
 inline constexpr int64_t kHeaderBytes = 2048;

@@ -30,8 +30,8 @@ PATHS = {
     "most turns": "SelectShortRow<T, kMostTurns<T>>(",
     "large tile": "SelectShortRow<T, kLargeTurns<T>>(",
     "resident": "SelectResidentRow<T>(",
-    "streamed": "SelectStreamedRow<T>(",
-    "streamed, rare": "CompleteStreamedRow(",
+    "streamed": "SelectStreamedRow<T, Deal>(",
+    "streamed, rare": "CompleteStreamedRow<T, Deal>(",
 }
 """Paths, and what the line of `kernel.cuh` contains that calls each."""
 CALLER = "kernel.cuh"

@@ -41,10 +41,10 @@ def test_every_instruction_has_its_address_and_places():
 def test_calls_are_found_by_line():
     source = (
         "// SelectResidentRow<T>(cta) is not called here\n"
-        "__device__ bool SelectStreamedRow<T>(Cta& cta);\n"
+        "__device__ bool SelectStreamedRow<T, Deal>(Cta& cta);\n"
         "    SelectShortRow<T, kMiddleTurns<T>>(cta, args, window, output);\n"
-        "  if (SelectStreamedRow<T>(cta, args)) return;\n"
-        "  CompleteStreamedRow(cta, args);\n"
+        "  if (SelectStreamedRow<T, Deal>(cta, args)) return;\n"
+        "  CompleteStreamedRow<T, Deal>(cta, args);\n"
     )
     calls = {3: "middle turns", 4: "streamed", 5: "streamed, rare"}
     assert code_layout.calls_by_line(source) == calls

@@ -60,6 +60,7 @@ struct SharedHeader {
   alignas(8) uint2 own_is_free;    // its arrival says so, see SendCandidates
   uint2 ranges[2];                 // of keys seen, see CountAndSeeRange and CountInside
   uint32_t num_chunks;             // of the lists, taken so far
+  uint32_t num_groups;             // of their entries, in order
   uint32_t num_own;                // open keys that were copied from them
   uint32_t pivot_key;              // see UpToGreatest too
   uint32_t pivot_ties;             // see RankDirectly
@@ -152,6 +153,11 @@ __device__ __forceinline__ void PadOpenKeys(const Cta& cta, uint32_t num_open,
   if (place < num_padded) reinterpret_cast<uint32_t*>(cta.own)[place] = 0;
 }
 
+// How many of its warp's lanes come before a lane, of those in a ballot.
+__device__ __forceinline__ uint32_t LanesBefore(int lane, uint32_t ballot) {
+  return __popc(ballot & ((1u << lane) - 1));
+}
+
 struct Scan {
   uint32_t before;  // sum over the threads before this one
   uint32_t total;
@@ -190,20 +196,6 @@ __device__ __forceinline__ void ClearBins(const Cta& cta) {
     if (i + cta.thread < kBinVectors) {
       reinterpret_cast<uint4*>(cta.bins)[i + cta.thread] = make_uint4(0, 0, 0, 0);
     }
-  }
-}
-
-// Words of shared memory, from whole vectors.
-template <int kWords>
-__device__ __forceinline__ void LoadWords(const uint32_t* from, uint32_t (&to)[kWords]) {
-  static_assert(kWords % 4 == 0, "whole vectors");
-#pragma unroll
-  for (int i = 0; i < kWords; i += 4) {
-    const uint4 vector = LoadShared(reinterpret_cast<const uint4*>(from + i));
-    to[i] = vector.x;
-    to[i + 1] = vector.y;
-    to[i + 2] = vector.z;
-    to[i + 3] = vector.w;
   }
 }
 

@@ -127,24 +127,42 @@ struct SignedTest {
     }
     return (even | odd) & run.valid;
   }
+  // The same of a run of at most `per_thread` vectors. Rolled: few runs are not whole.
+  template <bool kHasMask>
+  __device__ __forceinline__ uint32_t AtLeast(const Run& run, int32_t per_thread) const {
+    uint32_t bits = 0;
+#pragma unroll 1
+    for (int32_t v = per_thread - 1; v >= 0; --v) {
+      const uint4 vector = LoadShared(run.vectors + v);
+      bits <<= T::kPerVector;
+#pragma unroll
+      for (int i = 0; i < T::kPerVector; ++i) {
+        const uint32_t word = T::UpperElement(vector, i);
+        SetIfAtLeast(&bits, 1u << i, static_cast<int32_t>(kHasMask ? word ^ mask : word), bound);
+      }
+    }
+    return bits & run.valid;
+  }
 
  private:
   static constexpr int kShift = 32 - T::kBits;
 };
 
-// The elements of a run that have these bits, as bits. Rolled, since few rows need it.
-template <typename T>
+// The elements of a run that have these bits, as bits. All vectors that a run can have are read:
+// at once, or by a loop where few rows need it.
+template <typename T, bool kAtOnce>
 __device__ __forceinline__ uint32_t EqualTo(const Run& run, uint32_t bits) {
-  uint32_t equal = 0;
-#pragma unroll 1
+  uint32_t even = 0, odd = 0;  // as in SignedTest
+#pragma unroll(kAtOnce ? T::kMaxVectors : 1)
   for (int v = 0; v < T::kMaxVectors; ++v) {
     const uint4 vector = LoadShared(run.vectors + v);
 #pragma unroll
     for (int i = 0; i < T::kPerVector; ++i) {
-      if (T::Element(vector, i) == bits) equal |= 1u << i << (v * T::kPerVector);
+      SetIfEqual(i % 2 == 0 ? &even : &odd, 1u << i << (v * T::kPerVector), T::Element(vector, i),
+                 bits);
     }
   }
-  return equal & run.valid;
+  return (even | odd) & run.valid;
 }
 
 // Counts the elements of a tile that holds its CTA's whole part. One barrier.

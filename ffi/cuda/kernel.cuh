@@ -224,24 +224,25 @@ struct StreamRest {
 
 // Counts what is kept of a row's stream against the bracket, and puts the lists in order. Ends
 // without a barrier.
-template <typename T>
-__device__ __forceinline__ RowCounts CountStream(Cta& cta, StreamSource<T>& source,
+template <typename T, typename Deal>
+__device__ __forceinline__ RowCounts CountStream(Cta& cta, StreamSource<T, Deal>& source,
                                                  const WarpPart& warp, uint32_t attempt) {
   if (cta.lane == 0) cta.header->warp_listed[cta.warp] = warp.num_listed;
   source.counts = SumOverWarps(cta, CountStretch(warp, source.bracket));
   SendCounts(cta, source.counts, attempt);
-  OrderChunks(cta, source.pool);
+  OrderGroups<Deal>(cta, source.pool);
   return ReceiveCounts(cta, source.counts, attempt);
 }
 
 // Steps 4 and 5 of a streamed row, as FinishRow. `kMayBeSingleKey`: the bracket may be one.
-template <typename T, bool kMayBeSingleKey>
+template <typename T, bool kMayBeSingleKey, typename Deal>
 __device__ __forceinline__ void FinishStreamedRow(Cta& cta, const TopKArgs& args,
-                                                  StreamSource<T>& source, const RowCounts& row,
+                                                  StreamSource<T, Deal>& source,
+                                                  const RowCounts& row,
                                                   const RowOutput<T>& output) {
-  SyncThreads();  // the order of the chunks before its reads
+  SyncThreads();  // the order of the groups before its reads
   if (!kMayBeSingleKey || !source.bracket.IsSingleKey()) {
-    CopyOpenKeys(cta, source.pool, source.bracket.highest);
+    CopyOpenKeys<Deal>(cta, source.pool, source.bracket.highest);
     PadOpenKeys(cta, source.counts.open, PadToVector(source.counts.open));
     SyncThreads();  // own open keys before their reads
   }
@@ -251,7 +252,7 @@ __device__ __forceinline__ void FinishStreamedRow(Cta& cta, const TopKArgs& args
 // A row whose parts are streamed: elements at or above the bracket are kept in lists. Returns
 // whether that is done: not if the guess is no bracket for plain comparisons, or counts refute it.
 // See CompleteStreamedRow.
-template <typename T>
+template <typename T, typename Deal>
 __device__ __forceinline__ bool SelectStreamedRow(Cta& cta, const TopKArgs& args,
                                                   const RowWindow& window, Sample<T>& sample,
                                                   const Part& part, const RowOutput<T>& output,
@@ -260,12 +261,12 @@ __device__ __forceinline__ bool SelectStreamedRow(Cta& cta, const TopKArgs& args
   StartStream<T>(cta, window, warp.part, args.num_stages);
   PlaceCandidates(cta, args, /*has_list=*/true);
   SyncThreads();  // the cleared histogram before the guess
-  StreamSource<T> source{window,
-                         part,
-                         MakeListPool(cta, args.layout),
-                         {},
-                         GuessBracket<T>(cta, args, window, sample, output.flip),
-                         output.flip};
+  StreamSource<T, Deal> source{window,
+                               part,
+                               MakeListPool(cta, args.layout),
+                               {},
+                               GuessBracket<T>(cta, args, window, sample, output.flip),
+                               output.flip};
   RowCounts row{};
   const bool is_plain = IsPlain<T>(source.bracket, output.flip);
   if (!Unlikely(!is_plain)) {
@@ -283,13 +284,13 @@ __device__ __forceinline__ bool SelectStreamedRow(Cta& cta, const TopKArgs& args
 }
 
 // Completes what SelectStreamedRow has left undone.
-template <typename T>
+template <typename T, typename Deal>
 __device__ __forceinline__ void CompleteStreamedRow(Cta& cta, const TopKArgs& args,
                                                     const RowWindow& window, const Part& part,
                                                     const StreamRest& rest,
                                                     const RowOutput<T>& output) {
-  StreamSource<T> source{window,      part,         MakeListPool(cta, args.layout),
-                         rest.counts, rest.bracket, output.flip};
+  StreamSource<T, Deal> source{window,      part,         MakeListPool(cta, args.layout),
+                               rest.counts, rest.bracket, output.flip};
   const uint32_t k = static_cast<uint32_t>(args.k);
   const uint32_t capacity = static_cast<uint32_t>(args.list_capacity);
   RowCounts row = rest.row;
@@ -393,8 +394,9 @@ __device__ __forceinline__ Unsorted SelectWindow(Cta& cta, const TopKArgs& args,
   // Where each row has one CTA, short rows take a large tile, and resident ones are rare.
   if (kHasClusters ? Unlikely(!is_resident) : !is_resident) {
     StreamRest rest;
-    if (!SelectStreamedRow<T>(cta, args, window, sample, part, output, &rest)) {
-      CompleteStreamedRow(cta, args, window, part, rest, output);
+    using Deal = Dealing<kHasClusters>;
+    if (!SelectStreamedRow<T, Deal>(cta, args, window, sample, part, output, &rest)) {
+      CompleteStreamedRow<T, Deal>(cta, args, window, part, rest, output);
     }
   } else {
     SelectResidentRow<T>(cta, args, window, sample, part, VectorsPerThread<T>(each), output);

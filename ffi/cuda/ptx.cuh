@@ -85,6 +85,22 @@ __device__ __forceinline__ uint4 LoadShared(const uint4* pointer) {
   return value;
 }
 
+// An element of 4 or 2 bytes of shared memory. The compiler may have lost what kind of memory a
+// pointer leads to, and would find out at every load.
+template <int kBytes>
+__device__ __forceinline__ uint32_t LoadSharedElement(const void* pointer) {
+  static_assert(kBytes == 2 || kBytes == 4, "two sizes of elements");
+  uint32_t bits;
+  if constexpr (kBytes == 4) {
+    asm volatile("ld.shared.u32 %0, [%1];" : "=r"(bits) : "r"(SharedAddress(pointer)) : "memory");
+  } else {
+    uint16_t half;
+    asm volatile("ld.shared.u16 %0, [%1];" : "=h"(half) : "r"(SharedAddress(pointer)) : "memory");
+    bits = half;
+  }
+  return bits;
+}
+
 // Atomic operations on shared memory, one instruction each. Of what few lanes do the compiler would
 // first make a sum over the warp, which takes longer.
 __device__ __forceinline__ uint32_t FetchAndAdd(uint32_t* shared, uint32_t value) {
@@ -120,6 +136,35 @@ struct SharedCursor {
         "@p add.u32 %0, %0, 4;\n\t}"
         : "+r"(address)
         : "r"(value), "r"(condition)
+        : "memory");
+  }
+};
+
+// Writes keys to shared memory one after the other, and positions at a distance of words behind
+// them; where it reaches `end`, it goes on elsewhere.
+struct PairCursor {
+  uint32_t address, distance;
+  uint32_t limit, jump;
+  uint32_t num_low;  // keys so far that are at most their bound
+
+  __device__ __forceinline__ PairCursor(uint32_t* first, uint32_t distance_in_words,
+                                        const uint32_t* end, uint32_t words_ahead)
+      : address(SharedAddress(first)),
+        distance(4 * distance_in_words),
+        limit(SharedAddress(end)),
+        jump(4 * words_ahead),
+        num_low(0) {}
+  // If `condition` is not zero. Predicated: no branch.
+  __device__ __forceinline__ void AppendIf(uint32_t condition, uint32_t key, uint32_t position,
+                                           uint32_t bound) {
+    asm volatile(
+        "{\n\t.reg .pred p, q;\n\tsetp.ne.u32 p, %2, 0;\n\t@p st.shared.u32 [%0], %3;\n\t"
+        "@p st.shared.u32 [%4], %5;\n\tsetp.le.and.u32 q, %3, %6, p;\n\t"
+        "@q add.u32 %1, %1, 1;\n\t@p add.u32 %0, %0, 4;\n\t"
+        "setp.eq.and.u32 q, %0, %7, p;\n\t@q add.u32 %0, %0, %8;\n\t}"
+        : "+r"(address), "+r"(num_low)
+        : "r"(condition), "r"(key), "r"(address + distance), "r"(position), "r"(bound), "r"(limit),
+          "r"(jump)
         : "memory");
   }
 };
@@ -167,6 +212,14 @@ __device__ __forceinline__ void SetIfAtLeast(uint32_t* bits, uint32_t bit, int32
   asm("{\n\t.reg .pred p;\n\tsetp.ge.s32 p, %1, %2;\n\t@p or.b32 %0, %0, %3;\n\t}"
       : "+r"(*bits)
       : "r"(word), "r"(bound), "r"(bit));
+}
+
+// bits |= bit if word == other: two instructions.
+__device__ __forceinline__ void SetIfEqual(uint32_t* bits, uint32_t bit, uint32_t word,
+                                           uint32_t other) {
+  asm("{\n\t.reg .pred p;\n\tsetp.eq.u32 p, %1, %2;\n\t@p or.b32 %0, %0, %3;\n\t}"
+      : "+r"(*bits)
+      : "r"(word), "r"(other), "r"(bit));
 }
 
 __device__ __forceinline__ float FloatOfBits(uint32_t bits) { return __uint_as_float(bits); }

@@ -165,6 +165,20 @@ __device__ __forceinline__ Run MakeRun(int turn, const RowWindow& window, int32_
   return run;
 }
 
+// The same of a lane, in a warp's tile of which all elements are valid.
+template <typename T>
+__device__ __forceinline__ Run MakeWholeRun(int lane, const RowWindow& window, int32_t first,
+                                            const unsigned char* tile) {
+  const int32_t slot = lane * T::kMaxVectors;
+  Run run;
+  run.vectors = reinterpret_cast<const uint4*>(tile) + slot;
+  run.num_vectors = T::kMaxVectors;
+  run.position =
+      static_cast<int32_t>(static_cast<uint32_t>(first + slot) * T::kPerVector - window.skew);
+  run.valid = LowBits(T::kMaxVectors * T::kPerVector);
+  return run;
+}
+
 // Element `index` of a run, and its key.
 template <typename T>
 __device__ __forceinline__ uint32_t BitsInRun(const Run& run, int32_t index) {

@@ -34,7 +34,7 @@ struct ListPool {
   uint32_t* keys;
   uint32_t* positions;
   uint32_t* labels;  // of each chunk: the warp, and << 8 how many chunks of the warp come before
-  uint32_t* order;   // of all lists, one behind the other: the chunk, and << 16 its entries
+  uint16_t* order;   // of all lists' groups, one behind the other: first entry | entries - 1
   uint32_t num_chunks;
 };
 
@@ -43,7 +43,8 @@ __device__ __forceinline__ ListPool MakeListPool(const Cta& cta, const SmemLayou
   uint32_t* keys = reinterpret_cast<uint32_t*>(cta.list);
   uint32_t* positions = keys + num_chunks * kChunkEntries;
   uint32_t* labels = positions + num_chunks * kChunkEntries;
-  return ListPool{keys, positions, labels, labels + num_chunks, num_chunks};
+  return ListPool{keys, positions, labels, reinterpret_cast<uint16_t*>(labels + num_chunks),
+                  num_chunks};
 }
 
 // What one warp found in its stretch; but for num_open the same in all lanes.
@@ -52,12 +53,10 @@ struct WarpPart {
   uint32_t num_kept;
   uint32_t num_open;    // met by this lane: among kept elements, or ties that are not kept
   uint32_t num_listed;  // all that is kept, or what came before something that did not fit
-  uint32_t last_chunk;
-  bool is_full;  // something did not fit
-
-  __device__ __forceinline__ uint32_t NumChunks() const {
-    return (num_listed + kChunkEntries - 1) / kChunkEntries;
-  }
+  uint32_t num_chunks;  // taken for its list
+  uint32_t room;        // entries left in them
+  uint32_t shift;       // the pool's next entry is num_listed + shift
+  bool is_full;         // something did not fit
 };
 
 // Vectors of a warp's tile.
@@ -90,6 +89,11 @@ __device__ __forceinline__ void StartTile(const Cta& cta, const RowWindow& windo
     unsigned char* to = WarpTile<T>(cta, slot) + cta.lane * kVectorBytes;
     if (Unlikely(window.leaves_operand)) {
       CopyAtEdge<T>(window, first + cta.lane, first + min(count, kWarpTile<T>), 32, to, 32);
+    } else if (count >= kWarpTile<T>) {
+#pragma unroll
+      for (int v = 0; v < T::kMaxVectors; ++v) {
+        CopyAsync16(to + 32 * v * kVectorBytes, from + 32 * v * kVectorBytes);
+      }
     } else {
 #pragma unroll
       for (int v = 0; v < T::kMaxVectors; ++v) {
@@ -112,13 +116,11 @@ __device__ __forceinline__ void StartStream(const Cta& cta, const RowWindow& win
   }
 }
 
-// Makes room for `count` more entries of the warp's list. Returns the chunk of the first entry that
-// does not go to the last chunk so far. By the whole warp; `warp` still describes the list before.
-__device__ __forceinline__ uint32_t TakeChunks(const Cta& cta, const ListPool& pool, uint32_t count,
-                                               WarpPart* warp) {
-  const uint32_t had = warp->NumChunks();
-  const uint32_t needs = (warp->num_listed + count + kChunkEntries - 1) / kChunkEntries - had;
-  if (needs == 0) return 0;
+// Makes room for `beyond` entries behind those that the warp's list has room for. Returns the first
+// chunk of theirs. By the whole warp.
+__device__ __forceinline__ uint32_t TakeChunks(const Cta& cta, const ListPool& pool,
+                                               uint32_t beyond, WarpPart* warp) {
+  const uint32_t needs = max((beyond + kChunkEntries - 1) / kChunkEntries, uint32_t{kLeastChunks});
   uint32_t taken = 0;
   if (cta.lane == 0) taken = FetchAndAdd(&cta.header->num_chunks, needs);
   taken = WarpBroadcast(taken, 0);
@@ -128,8 +130,10 @@ __device__ __forceinline__ uint32_t TakeChunks(const Cta& cta, const ListPool& p
   }
   const uint32_t turn = static_cast<uint32_t>(cta.lane);
   if (turn < needs) {
-    pool.labels[taken + turn] = static_cast<uint32_t>(cta.warp) | (had + turn) << 8;
+    pool.labels[taken + turn] = static_cast<uint32_t>(cta.warp) | (warp->num_chunks + turn) << 8;
   }
+  warp->num_chunks += needs;
+  warp->room += needs * kChunkEntries;
   return taken;
 }
 
@@ -141,6 +145,28 @@ enum class Comparison { kPlain, kPlainPlateau, kGeneral };
 // A warp's tile of which more elements than this are kept is taken by vectors, not by elements.
 constexpr uint32_t kDenseTile = 160;
 
+// The places of what the lanes of a warp have, a few each.
+struct WarpScan {
+  uint32_t before;  // of the lanes before this one
+  uint32_t total;
+};
+
+// Of counts below 32: by a ballot for each bit, which do not wait for each other as shuffles do.
+__device__ __forceinline__ WarpScan ScanRuns(int lane, uint32_t count) {
+  const uint32_t ones = WarpBallot(count & 1), twos = WarpBallot(count & 2);
+  const uint32_t fours = WarpBallot(count & 4), more = WarpBallot(count >= 8);
+  WarpScan scan;
+  scan.before =
+      LanesBefore(lane, ones) + 2 * LanesBefore(lane, twos) + 4 * LanesBefore(lane, fours);
+  scan.total = __popc(ones) + 2 * __popc(twos) + 4 * __popc(fours);
+  if (more != 0) {
+    const uint32_t eights = WarpBallot(count & 8), sixteens = WarpBallot(count & 16);
+    scan.before += 8 * LanesBefore(lane, eights) + 16 * LanesBefore(lane, sixteens);
+    scan.total += 8 * __popc(eights) + 16 * __popc(sixteens);
+  }
+  return scan;
+}
+
 // Appends the elements of the lanes' runs that `kept` names to the warp's list, and counts those
 // whose key is at most `highest_open`.
 template <typename T, Comparison kComparison>
@@ -148,25 +174,29 @@ __device__ __forceinline__ void AppendRuns(const Cta& cta, const ListPool& pool,
                                            uint32_t kept, uint32_t highest_open, uint32_t flip,
                                            WarpPart* warp) {
   const uint32_t count = __popc(kept);
-  const uint32_t inclusive = WarpInclusiveSum(cta.lane, count);
-  const uint32_t total = WarpBroadcast(inclusive, 31);
+  const WarpScan scan = ScanRuns(cta.lane, count);
+  const uint32_t total = scan.total;
   if (total == 0) return;
   warp->num_kept += total;
   if (warp->is_full) return;
-  const uint32_t taken = TakeChunks(cta, pool, total, warp);
-  if (warp->is_full) return;
-  const uint32_t had = warp->NumChunks();
-  // An entry's place in the list tells its place in the pool, by one shift for the last chunk so
-  // far and one for those taken, which are neighbours. Unsigned: a shift may be negative.
-  const uint32_t old_shift = (warp->last_chunk + 1 - had) * kChunkEntries;
-  const uint32_t new_shift = (taken - had) * kChunkEntries;
-  uint32_t place = warp->num_listed + inclusive - count;
+  // The pool's entries lie where the list's places say, shifted by one number up to the end of the
+  // chunks so far, and by another one behind it. Unsigned: a shift may be negative.
+  const uint32_t old_shift = warp->shift;
+  const uint32_t old_end = warp->num_listed + warp->room;
+  uint32_t new_shift = old_shift;
+  if (total > warp->room) {
+    const uint32_t taken = TakeChunks(cta, pool, total - warp->room, warp);
+    if (warp->is_full) return;
+    new_shift = taken * kChunkEntries - old_end;
+  }
+  warp->shift = new_shift;
+  warp->room -= total;
+  uint32_t place = warp->num_listed + scan.before;
+  warp->num_listed += total;
   const auto key_of = [&](uint32_t bits) {
     return kComparison == Comparison::kGeneral ? T::Key(bits, flip) : bits | T::kSign;
   };
-  const auto entry_of = [&](uint32_t at) {
-    return at + (at < had * kChunkEntries ? old_shift : new_shift);
-  };
+  const auto entry_of = [&](uint32_t at) { return at + (at < old_end ? old_shift : new_shift); };
   if (Unlikely(total > kDenseTile)) {
     const uint4* from = run.vectors;
     uint32_t position = static_cast<uint32_t>(run.position);
@@ -186,20 +216,39 @@ __device__ __forceinline__ void AppendRuns(const Cta& cta, const ListPool& pool,
       position += T::kPerVector;
     }
   }
+  if (kept == 0) return;
+  // Chunks are taken in ascending order: only a lane that begins in the old ones meets their end.
+  PairCursor cursor(pool.keys + entry_of(place), pool.num_chunks * kChunkEntries,
+                    pool.keys + (old_end + old_shift), new_shift - old_shift);
+  const auto* elements = reinterpret_cast<const unsigned char*>(run.vectors);
 #pragma unroll 1
-  for (; kept != 0; kept &= kept - 1) {
-    const int32_t i = __ffs(kept) - 1;
-    const uint32_t key = key_of(BitsInRun<T>(run, i));
-    if (key <= highest_open) ++warp->num_open;
-    const uint32_t entry = entry_of(place);
-    pool.keys[entry] = key;
-    pool.positions[entry] = static_cast<uint32_t>(run.position + i);
-    ++place;
+  while (kept != 0) {
+    const BitPair pair = TakeBits(&kept);
+    int number[2];
+    uint32_t bits[2];
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      number[i] = max(31 - __clz(static_cast<int>(pair.bits[i])), 0);
+      bits[i] = LoadSharedElement<T::kBytes>(elements + number[i] * T::kBytes);
+    }
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      cursor.AppendIf(pair.bits[i], key_of(bits[i]),
+                      static_cast<uint32_t>(run.position + number[i]), highest_open);
+    }
   }
-  warp->num_listed += total;
-  const uint32_t has = warp->NumChunks();
-  if (has > had) warp->last_chunk = taken + (has - had) - 1;
+  warp->num_open += cursor.num_low;
 }
+
+// Whether all elements of a tile lie in the window and in the stretch, which ends at `last`.
+template <typename T>
+__device__ __forceinline__ bool IsWhole(const RowWindow& window, int32_t first, int32_t last) {
+  const int32_t end = first + kWarpTile<T>;
+  return (first > 0 || window.skew == 0) && end <= last && end < window.num_vectors;
+}
+
+// So few vectors of a lane are taken by a loop.
+constexpr int32_t kFewVectors = 3;
 
 // Appends what is kept of one tile, whose first vector is `first`, to the warp's list.
 template <typename T, Comparison kComparison>
@@ -207,13 +256,24 @@ __device__ __forceinline__ void FilterWarpTile(const Cta& cta, const RowWindow& 
                                                const ListPool& pool, const unsigned char* tile,
                                                int32_t first, const Bracket& bracket, uint32_t flip,
                                                WarpPart* warp) {
-  const Run run = MakeRun<T>(cta.lane, window, first, warp->part.last, T::kMaxVectors,
-                             /*is_spaced=*/false, tile);
+  constexpr bool kHasMask = kComparison == Comparison::kGeneral;
   const SignedTest<T> test(bracket.lowest, flip);
-  uint32_t kept = test.template AtLeast<kComparison == Comparison::kGeneral>(run);
+  Run run;
+  int32_t each = T::kMaxVectors;
+  if (IsWhole<T>(window, first, warp->part.last)) {
+    run = MakeWholeRun<T>(cta.lane, window, first, tile);
+  } else {
+    // The few vectors at the end of a stretch are dealt to all lanes, an odd number each.
+    const int32_t left = warp->part.last - first;
+    if (left <= 32 * kFewVectors) each = (left + 31) / 32 | 1;
+    run = MakeRun<T>(cta.lane, window, first, warp->part.last, each, /*is_spaced=*/false, tile);
+  }
+  uint32_t kept = each == T::kMaxVectors ? test.template AtLeast<kHasMask>(run)
+                                         : test.template AtLeast<kHasMask>(run, each);
   if (kComparison == Comparison::kPlainPlateau ||
       (kComparison == Comparison::kGeneral && bracket.IsSingleKey())) {
-    const uint32_t ties = EqualTo<T>(run, T::Bits(bracket.lowest, flip));
+    const uint32_t ties =
+        EqualTo<T, kComparison == Comparison::kPlainPlateau>(run, T::Bits(bracket.lowest, flip));
     warp->num_open += __popc(ties);
     kept &= ~ties;
   }
@@ -292,84 +352,135 @@ __device__ __forceinline__ PartCounts SumOverWarps(const Cta& cta, const PartCou
   return PartCounts{WarpSum(counts.certain), WarpSum(counts.open)};
 }
 
-// Of all lists: none if something did not fit, since no chunk may then be labelled.
-__device__ __forceinline__ uint32_t NumChunksTaken(const Cta& cta, const ListPool& pool) {
-  const uint32_t taken = cta.header->num_chunks;
-  return taken <= pool.num_chunks ? taken : 0;
-}
+// How entries are dealt to threads: in groups of consecutive ones, of which a thread has as many in
+// each round over the lists. A CTA of several has one round in all mostly, of one group of eight. A
+// CTA that has the row to itself keeps more: two groups of four, or three if that saves a round.
+template <bool kHasClusters>
+struct Dealing {
+  static constexpr uint32_t kEntries = kHasClusters ? 8 : 4;  // of a group
+  static constexpr uint32_t kPerChunk = kChunkEntries / kEntries;
+  static constexpr uint32_t kMostGroups = kHasClusters ? 1 : 3;
+  static constexpr uint32_t kMostEntries = kMostGroups * kEntries;
+  static_assert(kEntries >= kFewestEntries, "the order has room");
 
-// Puts the chunks in order. In: complete lists and the header's warp_listed, ordered by a barrier.
-// Ends without one.
-__device__ __forceinline__ void OrderChunks(const Cta& cta, const ListPool& pool) {
+  uint32_t num_groups;
+  bool has_third;
+
+  // In: the groups' order, ordered by a barrier.
+  __device__ __forceinline__ explicit Dealing(const Cta& cta)
+      : num_groups(cta.header->num_groups), has_third(!kHasClusters && num_groups > 2 * kThreads) {}
+  __device__ __forceinline__ uint32_t Each() const { return kHasClusters ? 1 : has_third ? 3 : 2; }
+  __device__ __forceinline__ uint32_t GroupsPerRound() const { return Each() * kThreads; }
+  // Visits the numbers of a thread's groups.
+  template <typename Visit>
+  __device__ __forceinline__ void ForGroups(Visit visit) const {
+    visit(0u);
+    if (kHasClusters) return;
+    visit(1u);
+    if (has_third) visit(2u);
+  }
+};
+
+// Puts the lists' groups in order: none if something did not fit, since no chunk may then be
+// labelled. In: complete lists and the header's warp_listed, ordered by a barrier. Ends without
+// one.
+template <typename Deal>
+__device__ __forceinline__ void OrderGroups(const Cta& cta, const ListPool& pool) {
   const uint32_t listed = cta.lane < kWarps ? cta.header->warp_listed[cta.lane] : 0;
-  const uint32_t own_chunks = (listed + kChunkEntries - 1) / kChunkEntries;
-  const uint32_t first_of_list = WarpInclusiveSum(cta.lane, own_chunks) - own_chunks;
-  const uint32_t num_taken = NumChunksTaken(cta, pool);
+  const uint32_t own_groups = (listed + Deal::kEntries - 1) / Deal::kEntries;
+  const uint32_t inclusive = WarpInclusiveSum(cta.lane, own_groups);
+  const uint32_t taken = cta.header->num_chunks;
+  const uint32_t num_taken = taken <= pool.num_chunks ? taken * Deal::kPerChunk : 0;
+  if (cta.thread == 31) cta.header->num_groups = num_taken == 0 ? 0 : inclusive;
 #pragma unroll 1
   for (uint32_t first = 32 * cta.warp; first < num_taken; first += kThreads) {
-    const uint32_t chunk = first + static_cast<uint32_t>(cta.lane);
-    const uint32_t label = chunk < num_taken ? pool.labels[chunk] : 0;
+    const uint32_t group = first + static_cast<uint32_t>(cta.lane);
+    const bool is_taken = group < num_taken;
+    const uint32_t label = is_taken ? pool.labels[group / Deal::kPerChunk] : 0;
     const int warp = static_cast<int>(label & 0xffu);
-    const uint32_t turn = label >> 8;
-    const uint32_t place = WarpBroadcast(first_of_list, warp) + turn;
-    const uint32_t rest = WarpBroadcast(listed, warp) - turn * kChunkEntries;
-    if (chunk < num_taken) {
-      pool.order[place] = chunk | min(rest, uint32_t{kChunkEntries}) << 16;
+    const uint32_t turn = (label >> 8) * Deal::kPerChunk + group % Deal::kPerChunk;
+    const uint32_t before_list = WarpBroadcast(inclusive - own_groups, warp);
+    const uint32_t of_list = WarpBroadcast(listed, warp);
+    const uint32_t before = turn * Deal::kEntries;
+    if (is_taken && before < of_list) {
+      const uint32_t here = min(of_list - before, Deal::kEntries);
+      pool.order[before_list + turn] = static_cast<uint16_t>(group * Deal::kEntries | (here - 1));
     }
   }
 }
 
-// A thread's entries in one round over the lists: consecutive ones, or none.
-constexpr uint32_t kEntriesPerThread = 8;
-constexpr uint32_t kThreadsPerChunk = kChunkEntries / kEntriesPerThread;
-constexpr uint32_t kChunksPerRound = kThreads / kThreadsPerChunk;
-
+// A thread's entries in one round.
+template <typename Deal>
 struct Entries {
-  uint32_t first;  // in the pool
+  const Deal& deal;
   uint32_t valid;
-  uint32_t keys[kEntriesPerThread];
+  uint32_t first[Deal::kMostGroups];  // entry of each group, in the pool
+  uint32_t keys[Deal::kMostEntries];
 
-  // In: `pool.order`, ordered by a barrier.
-  __device__ __forceinline__ Entries(const Cta& cta, const ListPool& pool, uint32_t first_chunk)
-      : first(0), valid(0), keys{} {
-    const uint32_t thread = static_cast<uint32_t>(UseHere(cta.thread));
-    const uint32_t turn = first_chunk + thread / kThreadsPerChunk;
-    if (turn >= NumChunksTaken(cta, pool)) return;
-    const uint32_t chunk = pool.order[turn];
-    const uint32_t offset = thread % kThreadsPerChunk * kEntriesPerThread;
-    first = (chunk & 0xffffu) * kChunkEntries + offset;
-    valid = LowBits(static_cast<int32_t>(chunk >> 16)) >> offset & LowBits(kEntriesPerThread);
-    LoadWords(pool.keys + first, keys);
+  __device__ __forceinline__ Entries(const Cta& cta, const ListPool& pool, const Deal& dealing,
+                                     uint32_t first_group)
+      : deal(dealing), valid(0), first{}, keys{} {
+    const uint32_t own = first_group + static_cast<uint32_t>(UseHere(cta.thread)) * deal.Each();
+    if (own >= deal.num_groups) return;
+    deal.ForGroups([&](uint32_t group) {
+      const uint32_t turn = own + group;
+      const uint32_t place = pool.order[min(turn, deal.num_groups - 1)];
+      first[group] = place / Deal::kEntries * Deal::kEntries;
+      const uint32_t count = turn < deal.num_groups ? place % Deal::kEntries + 1 : 0;
+      valid |= ((1u << count) - 1) << group * Deal::kEntries;
+      Load(pool.keys, group, keys);
+    });
+  }
+  // A group's words of as many as there are entries.
+  __device__ __forceinline__ void Load(const uint32_t* from, uint32_t group,
+                                       uint32_t (&to)[Deal::kMostEntries]) const {
+    const auto* vectors = reinterpret_cast<const uint4*>(from + first[group]);
+#pragma unroll
+    for (uint32_t i = 0; i < Deal::kEntries; i += 4) {
+      const uint4 vector = LoadShared(vectors + i / 4);
+      uint32_t* words = to + (group * Deal::kEntries + i);
+      words[0] = vector.x;
+      words[1] = vector.y;
+      words[2] = vector.z;
+      words[3] = vector.w;
+    }
+  }
+  // Visits the numbers of the thread's entries.
+  template <typename Visit>
+  __device__ __forceinline__ void ForEach(Visit visit) const {
+    deal.ForGroups([&](uint32_t group) {
+#pragma unroll
+      for (uint32_t i = 0; i < Deal::kEntries; ++i) visit(group * Deal::kEntries + i);
+    });
   }
   // Those for which test(key), as bits.
   template <typename Test>
   __device__ __forceinline__ uint32_t Where(Test test) const {
     uint32_t bits = 0;
-#pragma unroll
-    for (uint32_t i = 0; i < kEntriesPerThread; ++i) bits |= test(keys[i]) ? 1u << i : 0;
+    ForEach([&](uint32_t i) { bits |= test(keys[i]) ? 1u << i : 0; });
     return bits & valid;
   }
 };
 
-// Copies the open keys of all lists to cta.own, in any order. In: chunks in order, ordered by a
+// Copies the open keys of all lists to cta.own, in any order. In: the groups' order, ordered by a
 // barrier; the header's num_own is zero. Ends without a barrier.
+template <typename Deal>
 __device__ __forceinline__ void CopyOpenKeys(const Cta& cta, const ListPool& pool,
                                              uint32_t highest_open) {
   int32_t* own = reinterpret_cast<int32_t*>(cta.own);
+  const Deal deal(cta);
 #pragma unroll 1
-  for (uint32_t turn = 0; turn < NumChunksTaken(cta, pool); turn += kChunksPerRound) {
-    const Entries entries(cta, pool, turn);
+  for (uint32_t turn = 0; turn < deal.num_groups; turn += deal.GroupsPerRound()) {
+    const Entries<Deal> entries(cta, pool, deal, turn);
     const uint32_t open = entries.Where([&](uint32_t key) { return key <= highest_open; });
     const uint32_t count = __popc(open);
     const uint32_t inclusive = WarpInclusiveSum(cta.lane, count);
     uint32_t place = 0;
     if (cta.lane == 31) place = FetchAndAdd(&cta.header->num_own, inclusive);
-    place = WarpBroadcast(place, 31) + inclusive - count;
-    SharedCursor cursor(own + place);
-#pragma unroll
-    for (uint32_t i = 0; i < kEntriesPerThread; ++i) {
+    SharedCursor cursor(own + WarpBroadcast(place, 31) + inclusive - count);
+    entries.ForEach([&](uint32_t i) {
       cursor.AppendIf(open & 1u << i, static_cast<int32_t>(entries.keys[i]));
-    }
+    });
   }
 }
 

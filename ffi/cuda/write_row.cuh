@@ -185,8 +185,8 @@ struct TileSource {
   }
 };
 
-// The elements of a part that was streamed, and what was kept of them.
-template <typename T>
+// The elements of a part that was streamed, and what was kept of them. `Deal`: see Dealing.
+template <typename T, typename Deal>
 struct StreamSource {
   const RowWindow& window;
   Part part;
@@ -196,8 +196,8 @@ struct StreamSource {
   uint32_t flip;
 
   // Gives the CTA's selected elements to sink.Put(place, key, position), or several at once to
-  // sink.PutEntries(place of the first, bits of those selected, keys, positions); `place` counts
-  // from the CTA's first. Returns how many there are. In: chunks in order, ordered by a barrier.
+  // sink.PutEntries(place of the first, bits of those selected, entries, positions); `place` counts
+  // from the CTA's first. Returns how many there are. In: the groups' order, ordered by a barrier.
   // Barriers.
   template <typename Sink>
   __device__ __forceinline__ uint32_t VisitSelected(Cta& cta, const Selection& selection,
@@ -208,9 +208,10 @@ struct StreamSource {
     const uint32_t num_done =
         Unlikely(unlisted_ties != 0) ? VisitTies(cta, selection.pivot, unlisted_ties, sink) : 0;
     uint32_t before = 0;  // greater than the pivot, and equal << 16
+    const Deal deal(cta);
 #pragma unroll 1
-    for (uint32_t turn = 0; turn < NumChunksTaken(cta, pool); turn += kChunksPerRound) {
-      const Entries entries(cta, pool, turn);
+    for (uint32_t turn = 0; turn < deal.num_groups; turn += deal.GroupsPerRound()) {
+      const Entries<Deal> entries(cta, pool, deal, turn);
       const uint32_t greater = entries.Where([&](uint32_t key) { return key > selection.pivot; });
       uint32_t equal = entries.Where([&](uint32_t key) { return key == selection.pivot; });
       const Scan scan = BlockScan(cta, __popc(greater) | __popc(equal) << 16);
@@ -222,11 +223,11 @@ struct StreamSource {
       if (Unlikely(num_equal > room)) equal = DropLastBits(equal, num_equal - room);
       uint32_t selected = greater | equal;
       if (selected == 0) continue;
-      uint32_t positions[kEntriesPerThread];
-      LoadWords(pool.positions + entries.first, positions);
+      uint32_t positions[Deal::kMostEntries] = {};
+      deal.ForGroups([&](uint32_t group) { entries.Load(pool.positions, group, positions); });
       uint32_t place = (sums & 0xffffu) + min(equal_before, ties_left);
       for (; Unlikely(place < num_done) && selected != 0; ++place) selected &= selected - 1;
-      sink.PutEntries(place + unlisted_ties, selected, entries.keys, positions);
+      sink.PutEntries(place + unlisted_ties, selected, entries, positions);
     }
     return (before & 0xffffu) + min(before >> 16, ties_left) + unlisted_ties;
   }
@@ -310,12 +311,16 @@ struct PairSink {
     pairs[place] = make_uint2(static_cast<uint32_t>(position), ~key);
   }
   // See StreamSource.
-  __device__ __forceinline__ void PutEntries(uint32_t place, uint32_t selected,
-                                             const uint32_t (&keys)[kEntriesPerThread],
-                                             const uint32_t (&positions)[kEntriesPerThread]) const {
-    uint32_t key[kEntriesPerThread], position[kEntriesPerThread];
+  template <typename Deal>
+  __device__ __forceinline__ void PutEntries(
+      uint32_t place, uint32_t selected, const Entries<Deal>& entries,
+      const uint32_t (&positions)[Deal::kMostEntries]) const {
+    uint32_t key[Deal::kMostEntries], position[Deal::kMostEntries];
 #pragma unroll
-    for (uint32_t i = 0; i < kEntriesPerThread; ++i) key[i] = keys[i], position[i] = positions[i];
+    for (uint32_t i = 0; i < Deal::kMostEntries; ++i) {
+      key[i] = entries.keys[i];
+      position[i] = positions[i];
+    }
 #pragma unroll 1
     for (; selected != 0; selected >>= 1) {
       if (selected & 1) Put(place++, key[0], static_cast<int32_t>(position[0]));
@@ -463,20 +468,19 @@ struct Staging {
     positions[place] = position;
     if (Unlikely(has_keys)) keys[place] = key;
   }
+  template <typename Deal>
   __device__ __forceinline__ void PutEntries(
-      uint32_t place, uint32_t selected, const uint32_t (&entry_keys)[kEntriesPerThread],
-      const uint32_t (&entry_positions)[kEntriesPerThread]) const {
+      uint32_t place, uint32_t selected, const Entries<Deal>& entries,
+      const uint32_t (&entry_positions)[Deal::kMostEntries]) const {
     SharedCursor cursor(positions + place);
-#pragma unroll
-    for (uint32_t i = 0; i < kEntriesPerThread; ++i) {
+    entries.ForEach([&](uint32_t i) {
       cursor.AppendIf(selected & 1u << i, static_cast<int32_t>(entry_positions[i]));
-    }
+    });
     if (!Unlikely(has_keys)) return;
     SharedCursor key_cursor(reinterpret_cast<int32_t*>(keys) + place);
-#pragma unroll
-    for (uint32_t i = 0; i < kEntriesPerThread; ++i) {
-      key_cursor.AppendIf(selected & 1u << i, static_cast<int32_t>(entry_keys[i]));
-    }
+    entries.ForEach([&](uint32_t i) {
+      key_cursor.AppendIf(selected & 1u << i, static_cast<int32_t>(entries.keys[i]));
+    });
   }
 
   // Writes `count` of them, to the output's places from `first` on. One barrier.
@@ -548,8 +552,8 @@ __device__ __forceinline__ void WriteRow(Cta& cta, const TileSource<T>& source,
 }
 
 // The same for a streamed part.
-template <typename T>
-__device__ __forceinline__ void WriteRow(Cta& cta, const StreamSource<T>& source,
+template <typename T, typename Deal>
+__device__ __forceinline__ void WriteRow(Cta& cta, const StreamSource<T, Deal>& source,
                                          const Selection& selection, uint32_t,
                                          const RowOutput<T>& output) {
   const uint32_t first = selection.Before();

@@ -140,6 +140,31 @@ struct SharedCursor {
     if (condition != 0) *place++ = value;
   }
 };
+struct PairCursor {
+  uint32_t* place;
+  uint32_t distance;
+  const uint32_t* limit;
+  int32_t jump;
+  uint32_t num_low = 0;
+  PairCursor(uint32_t* first, uint32_t distance_in_words, const uint32_t* end, uint32_t words_ahead)
+      : place(first),
+        distance(distance_in_words),
+        limit(end),
+        jump(static_cast<int32_t>(words_ahead)) {}
+  void AppendIf(uint32_t condition, uint32_t key, uint32_t position, uint32_t bound) {
+    if (condition == 0) return;
+    place[0] = key;
+    place[distance] = position;
+    if (key <= bound) ++num_low;
+    if (++place == limit) place += jump;
+  }
+};
+template <int kBytes>
+uint32_t LoadSharedElement(const void* pointer) {
+  uint32_t bits = 0;
+  std::memcpy(&bits, pointer, kBytes);
+  return bits;
+}
 template <typename V>
 void ComputeHere(V*&) {}
 template <typename V>
@@ -148,6 +173,9 @@ V* KnownShared(V* pointer) {
 }
 inline void SetIfAtLeast(uint32_t* bits, uint32_t bit, int32_t word, int32_t bound) {
   if (word >= bound) *bits |= bit;
+}
+inline void SetIfEqual(uint32_t* bits, uint32_t bit, uint32_t word, uint32_t other) {
+  if (word == other) *bits |= bit;
 }
 inline uint32_t AppendCarry(uint32_t bits, uint32_t a, uint32_t b) {
   return 2 * bits + (a + b < a);
