@@ -93,6 +93,43 @@ def test_parts_at_the_border_between_resident_and_streamed(library, elements):
     check(library, x, 700, plan="cluster=1", is_sorted=True)
 
 
+@pytest.mark.parametrize("start", [0, 3])
+@pytest.mark.parametrize("rest", [*range(8), 129, 384, 385, 892, 893])
+def test_streams_that_end_anywhere_in_a_tile(library, start, rest):
+    """The windows lie among values that would be selected, and end `rest` elements into a tile."""
+    tiles = 12 * 32 * 28  # one of each warp
+    length = 2 * tiles + rest
+    rng = np.random.default_rng(rest)
+    x = rng.normal(size=(1, length + 40)).astype(np.float32)
+    x[0, :start] = x[0, start + length :] = 9.0
+    check(
+        library,
+        x,
+        600,
+        np.array([start]),
+        np.array([length]),
+        plan="path=sample,cluster=1,stages=1",
+    )
+
+
+@pytest.mark.parametrize("each", [1, 3, 7, 8, 9, 15, 16, 28])
+def test_lanes_of_a_stream_that_keep_many(library, each):
+    """Some lanes' runs of 28 hold `each` of the best, which the list has room for or not."""
+    rng = np.random.default_rng(each)
+    x = rng.normal(size=(800, 28)).astype(np.float32)
+    x[rng.permutation(800)[: 1400 // each], :each] += 8.0
+    for plan in ("path=sample,cluster=1,stages=1", "path=sample,cluster=2,stages=1,candidates=256"):
+        check(library, x.reshape(1, -1), 1200, plan=plan)
+
+
+@pytest.mark.parametrize("is_sorted", [False, True])
+@pytest.mark.parametrize("k", [1400, 2048, 3600])
+def test_a_stream_of_one_cta_that_keeps_thousands(library, k, is_sorted):
+    """Up to two groups of four for each thread, and of k = 3600 more."""
+    x = np.random.default_rng(k).normal(size=(1, 30001)).astype(np.float32)
+    check(library, x, k, plan="path=sample,cluster=1,stages=1", is_sorted=is_sorted)
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: np.dtype(dtype).name)
 def test_parts_of_every_number_of_vectors_per_thread(library, dtype):
     """Runs of few vectors are filtered by a loop, longer ones by code for as many, or for more."""

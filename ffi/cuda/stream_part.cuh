@@ -4,18 +4,22 @@
 // that no barrier of the CTA stands between two tiles. Elements at or above the bracket go to the
 // warp's list, keys and positions, in ascending position. The lists share area B in chunks of 32
 // entries, taken from a common counter, so that any distribution of the elements over the warps
-// fits. Once all lists are complete, their chunks are put in order, and the entries are dealt to
-// the threads, a few consecutive ones each. Counts are exact whatever happens to the memory that
-// keeps the elements; what does not fit is counted but not stored, and the caller gives up the
-// bracket then.
+// fits. Once all lists are complete, they are put in order, and their entries are dealt to the
+// threads, a few consecutive ones each (Dealing). Counts are exact whatever happens to the memory
+// that keeps the elements; what does not fit is counted but not stored, and the caller gives up
+// the bracket then.
 //
 // The ties of a bracket that is a single key are counted and not kept: a plateau of equal values
 // could fill any memory. Those that are selected, the lowest positions, are read again when the
 // output is written.
 //
-// Order without sorting: lane l owns consecutive vectors of a tile, so one scan of the lanes'
-// counts gives every kept element its place. A single comparison per element decides what is kept;
-// where it stands against the bracket's upper end is asked of kept elements alone.
+// Order without sorting: lane l owns consecutive vectors of a tile, so the counts of the lanes
+// before it give every kept element its place. A single comparison per element decides what is
+// kept; where it stands against the bracket's upper end is asked of kept elements alone.
+//
+// A warp's tile takes as long as its instructions wait for one another: three warps to a scheduler
+// do not fill the gaps. So steps whose parts are independent are preferred to shorter ones: ballots
+// to shuffles, two elements at a time, predicates to branches.
 
 #ifndef JAX_TOPK_CUDA_STREAM_PART_CUH_
 #define JAX_TOPK_CUDA_STREAM_PART_CUH_
@@ -151,7 +155,7 @@ struct WarpScan {
   uint32_t total;
 };
 
-// Of counts below 32: by a ballot for each bit, which do not wait for each other as shuffles do.
+// Of counts below 32: by a ballot for each bit; these do not wait for one another as shuffles do.
 __device__ __forceinline__ WarpScan ScanRuns(int lane, uint32_t count) {
   const uint32_t ones = WarpBallot(count & 1), twos = WarpBallot(count & 2);
   const uint32_t fours = WarpBallot(count & 4), more = WarpBallot(count >= 8);
