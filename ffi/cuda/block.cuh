@@ -159,7 +159,7 @@ __device__ __forceinline__ uint32_t LanesBefore(int lane, uint32_t ballot) {
 }
 
 struct Scan {
-  uint32_t before;  // sum over the threads before this one
+  uint32_t before;  // sum over the threads, or the warp's lanes, before this one
   uint32_t total;
 };
 

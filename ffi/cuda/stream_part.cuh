@@ -149,17 +149,12 @@ enum class Comparison { kPlain, kPlainPlateau, kGeneral };
 // A warp's tile of which more elements than this are kept is taken by vectors, not by elements.
 constexpr uint32_t kDenseTile = 160;
 
-// The places of what the lanes of a warp have, a few each.
-struct WarpScan {
-  uint32_t before;  // of the lanes before this one
-  uint32_t total;
-};
-
-// Of counts below 32: by a ballot for each bit; these do not wait for one another as shuffles do.
-__device__ __forceinline__ WarpScan ScanRuns(int lane, uint32_t count) {
+// Sums over a warp's lanes, of counts below 32: by a ballot for each bit; these do not wait for one
+// another as shuffles do.
+__device__ __forceinline__ Scan ScanRuns(int lane, uint32_t count) {
   const uint32_t ones = WarpBallot(count & 1), twos = WarpBallot(count & 2);
   const uint32_t fours = WarpBallot(count & 4), more = WarpBallot(count >= 8);
-  WarpScan scan;
+  Scan scan;
   scan.before =
       LanesBefore(lane, ones) + 2 * LanesBefore(lane, twos) + 4 * LanesBefore(lane, fours);
   scan.total = __popc(ones) + 2 * __popc(twos) + 4 * __popc(fours);
@@ -178,7 +173,7 @@ __device__ __forceinline__ void AppendRuns(const Cta& cta, const ListPool& pool,
                                            uint32_t kept, uint32_t highest_open, uint32_t flip,
                                            WarpPart* warp) {
   const uint32_t count = __popc(kept);
-  const WarpScan scan = ScanRuns(cta.lane, count);
+  const Scan scan = ScanRuns(cta.lane, count);
   const uint32_t total = scan.total;
   if (total == 0) return;
   warp->num_kept += total;
